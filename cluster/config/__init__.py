@@ -1,0 +1,1 @@
+"""Configuration: sections (the fields), run (the whole), loading (recipes and overrides)."""

@@ -1,0 +1,39 @@
+"""Episodes: the store and its ingest, class splits, the sampler, and the embedded sources; ``open_source`` joins them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.config.run import RunConfig
+from cluster.config.sections import GlyphsData, SinusoidData, StoreData
+from cluster.episodes.types import EpisodeSource
+from cluster.errors import ConfigError
+
+
+def open_source(config: RunConfig) -> EpisodeSource:
+    """The episode source that ``config`` names.
+
+    Raises:
+        ConfigError: the configuration needs a store and none is given.
+        StoreError, SplitError: the store or the split cannot be used.
+    """
+    from cluster.episodes.sampler import StoreSource
+    from cluster.episodes.store import EpisodeStore
+
+    match config.data:
+        case SinusoidData() as data:
+            from cluster.episodes.sinusoid import SinusoidSource
+
+            return SinusoidSource(data, config.seed)
+        case GlyphsData() as data:
+            from cluster.episodes.glyphs import GLYPHS_SPLIT, glyphs_store
+
+            return StoreSource(EpisodeStore.open(glyphs_store(data.size)), GLYPHS_SPLIT, config.seed, data.rotations)
+        case StoreData() as data:
+            path = config.execution.store
+            if path is None:
+                raise ConfigError(
+                    f"recipe {config.name!r} reads an episode store and none is given: add --store STORE "
+                    "(make one with `metafleet ingest`)"
+                )
+            return StoreSource(EpisodeStore.open(Path(path)), data.split, config.seed, data.rotations)

@@ -1,0 +1,298 @@
+"""Checkpoints: whole or absent, every tensor as safetensors, everything else in a msgpack manifest with digests.
+
+A checkpoint is a folder ``v00000200-e0001`` (version 200, written by epoch 1) that is built beside its final name and
+renamed. It holds θ and learner state of the last (staleness bound + 1) versions, the optimizer state, contributions
+taken but not committed, and which shards come next. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import torch
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from cluster.durable import fsync_directory, write_atomically
+from cluster.errors import CheckpointError
+from cluster.flat import FlatSpec
+from cluster.messages import Contribution, Published, ShardStatistics
+from coordinator.meta_state import MetaState
+
+FORMAT = ["metafleet-checkpoint", 1]
+NAME = re.compile(r"v(\d{8,})-e(\d{4,})")
+TENSORS, MANIFEST, BEST = "tensors.safetensors", "manifest.msgpack", "best"
+LARGEST_MANIFEST = 1 << 28
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run needs to go on."""
+
+    state: MetaState
+    recent: tuple[Published, ...]
+    """θ and learner state of the last versions before ``state``'s, oldest first (asynchronous runs)."""
+    pending: tuple[tuple[Contribution, bool], ...]
+    """Contributions taken and not committed, each with whether it is finite."""
+    outstanding: tuple[int, ...]
+    """Shards handed out and not taken."""
+    next_id: int
+    """The lowest shard id never handed out."""
+    config_digest: str
+    episodes: int
+    """Episodes committed so far."""
+    seconds: float
+    """Wall time of the run so far."""
+
+
+def name_of(version: int, epoch: int) -> str:
+    """The folder name of a checkpoint."""
+    return f"v{version:08d}-e{epoch:04d}"
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """Version and epoch in the name of a checkpoint.
+
+    Raises:
+        CheckpointError: it is no checkpoint's name.
+    """
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is no checkpoint: its folder is not named like {name_of(200, 1)}")
+    return int(match[1]), int(match[2])
+
+
+def save(folder: Path, checkpoint: Checkpoint, epoch: int) -> tuple[Path, int]:
+    """Write a checkpoint into ``folder``; returns its path and bytes.
+
+    Raises:
+        CheckpointError: the disk is full, read-only or gone; earlier checkpoints are untouched.
+    """
+    target = folder / name_of(checkpoint.state.version, epoch)
+    partial = folder / f".{target.name}.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        tensors = save_arrays(_arrays(checkpoint))
+        manifest = msgpack.packb(_manifest(checkpoint, epoch, tensors))
+        write_atomically(partial / TENSORS, lambda file: file.write(tensors) and None)
+        write_atomically(partial / MANIFEST, lambda file: file.write(manifest) and None)
+        if target.exists():
+            shutil.rmtree(partial)
+        else:
+            os.rename(partial, target)
+            fsync_directory(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {target}: {error.strerror}; earlier checkpoints are whole"
+        ) from error
+    return target, len(tensors) + len(manifest)
+
+
+def load(path: Path, layout: FlatSpec, config_digest: str | None = None) -> Checkpoint:
+    """Read and check a checkpoint.
+
+    Args:
+        path: its folder.
+        layout: layout of θ that the configuration asks for.
+        config_digest: the run's, if the checkpoint must be of it.
+
+    Raises:
+        CheckpointError: missing, torn, altered, of another configuration or of other shapes.
+    """
+    manifest, arrays = _read(path)
+    if config_digest is not None and manifest["config_digest"] != config_digest:
+        raise CheckpointError(f"checkpoint {path} is of another configuration: use the run that wrote it")
+    if arrays["theta"].shape != (layout.size,) or manifest["names"] != list(layout.names):
+        raise CheckpointError(
+            f"checkpoint {path} has {arrays['theta'].size} parameters of {len(manifest['names'])} tensors, the "
+            f"configuration and store need {layout.size} of {len(layout.names)}: model, way or sample shape differ"
+        )
+    checkpoint = _assemble(manifest, arrays, layout)
+    if checkpoint.state.digest != manifest["run_digest"]:
+        raise CheckpointError(f"checkpoint {path} does not give its own run digest: it was altered")
+    return checkpoint
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose tensors match it.
+
+    Raises:
+        CheckpointError: as ``load``.
+    """
+    return _read(path)[0]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in ``folder``, oldest version first, at the same version the lower epoch first."""
+    found = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)] if folder.is_dir() else []
+    return sorted(found, key=version_of)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints and the best."""
+    best = best_of(folder)
+    for path in list_checkpoints(folder)[:-keep]:
+        if best is None or path.name != best.name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def mark_best(path: Path, score: float) -> None:
+    """Name ``path`` the best checkpoint by validation."""
+    body = msgpack.packb([path.name, score])
+    write_atomically(path.parent / BEST, lambda file: file.write(body) and None)
+
+
+def best_score(folder: Path) -> float | None:
+    """The validation score of the best checkpoint, if one is marked."""
+    mark = _best_mark(folder)
+    return None if mark is None else mark[1]
+
+
+def best_of(folder: Path) -> Path | None:
+    """The best checkpoint by validation, if one is marked and there."""
+    mark = _best_mark(folder)
+    return folder / mark[0] if mark is not None and (folder / mark[0]).is_dir() else None
+
+
+def _best_mark(folder: Path) -> tuple[str, float] | None:
+    path = folder / BEST
+    if not path.exists():
+        return None
+    try:
+        name, score = msgpack.unpackb(path.read_bytes())
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no checkpoint")
+        return str(name), float(score)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): remove it to go on without the best checkpoint") from error
+
+
+def _arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    state = checkpoint.state
+    arrays: dict[str, np.ndarray] = {"theta": state.theta.numpy()}
+    arrays |= {f"state/{name}": rows for name, rows in state.state.items()}
+    arrays |= {f"optimizer/{name}": tensor.numpy() for name, tensor in state.optimizer.items()}
+    for published in checkpoint.recent:
+        arrays[f"recent/{published.version}/theta"] = published.theta
+        arrays |= {f"recent/{published.version}/state/{name}": rows for name, rows in published.state.items()}
+    for index, (contribution, _) in enumerate(checkpoint.pending):
+        arrays[f"pending/{index}/gradient"] = contribution.gradient
+        arrays |= {f"pending/{index}/proposal/{name}": rows for name, rows in contribution.proposals.items()}
+    # np.ascontiguousarray would make a vector of a scalar.
+    return {name: np.array(array, order="C") for name, array in arrays.items()}
+
+
+def _manifest(checkpoint: Checkpoint, epoch: int, tensors: bytes) -> list[Any]:
+    pending = [
+        {
+            "shard": c.shard,
+            "base_version": c.base_version,
+            "episodes": c.episodes,
+            "loss": c.statistics.loss,
+            "metric": c.statistics.metric,
+            "fingerprint": c.fingerprint,
+            "digest": c.digest,
+            "finite": finite,
+        }
+        for c, finite in checkpoint.pending
+    ]
+    body = {
+        "version": checkpoint.state.version,
+        "epoch": epoch,
+        "run_digest": checkpoint.state.digest,
+        "tensors_digest": hashlib.sha256(tensors).hexdigest(),
+        "tensors_bytes": len(tensors),
+        "names": list(checkpoint.state.layout.names),
+        "shapes": [list(shape) for shape in checkpoint.state.layout.shapes],
+        "recent": [published.version for published in checkpoint.recent],
+        "pending": pending,
+        "outstanding": list(checkpoint.outstanding),
+        "next_id": checkpoint.next_id,
+        "config_digest": checkpoint.config_digest,
+        "episodes": checkpoint.episodes,
+        "seconds": checkpoint.seconds,
+    }
+    packed = msgpack.packb(body)
+    return [*FORMAT, packed, hashlib.sha256(packed).digest()]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Manifest and arrays, checked against their digests before anything else reads them."""
+    again = "use another checkpoint of the run, or restore this one from a backup"
+    try:
+        manifest_path = path / MANIFEST
+        if manifest_path.stat().st_size > LARGEST_MANIFEST:
+            raise ValueError("its manifest is too large")
+        name, schema, packed, digest = msgpack.unpackb(manifest_path.read_bytes())
+        if [name, schema] != FORMAT or hashlib.sha256(packed).digest() != digest:
+            raise ValueError("its manifest does not match its digest")
+        manifest: dict[str, Any] = msgpack.unpackb(packed)
+        tensors = (path / TENSORS).read_bytes()
+        if hashlib.sha256(tensors).hexdigest() != manifest["tensors_digest"]:
+            raise ValueError("its tensors do not match their digest")
+        return manifest, load_arrays(tensors)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is no whole checkpoint: {Path(error.filename).name} is missing; {again}"
+        ) from error
+    except (ValueError, TypeError, KeyError, OSError, msgpack.UnpackException) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}; {again}") from error
+
+
+def _assemble(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], layout: FlatSpec) -> Checkpoint:
+    def under(prefix: str) -> dict[str, np.ndarray]:
+        # Copies: safetensors hands out views of read-only bytes.
+        return {name[len(prefix) :]: np.array(rows) for name, rows in arrays.items() if name.startswith(prefix)}
+
+    state = MetaState(
+        version=manifest["version"],
+        layout=layout,
+        theta=torch.from_numpy(np.array(arrays["theta"])),
+        state=under("state/"),
+        optimizer={name: torch.from_numpy(rows) for name, rows in under("optimizer/").items()},
+    )
+    recent = [
+        Published(v, np.array(arrays[f"recent/{v}/theta"]), under(f"recent/{v}/state/")) for v in manifest["recent"]
+    ]
+    return Checkpoint(
+        state=state,
+        recent=tuple(recent),
+        pending=tuple(_pending(manifest["pending"], arrays, under)),
+        outstanding=tuple(manifest["outstanding"]),
+        next_id=manifest["next_id"],
+        config_digest=manifest["config_digest"],
+        episodes=manifest["episodes"],
+        seconds=manifest["seconds"],
+    )
+
+
+def _pending(
+    records: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray], under: Any
+) -> list[tuple[Contribution, bool]]:
+    result = []
+    for index, record in enumerate(records):
+        contribution = Contribution(
+            shard=record["shard"],
+            base_version=record["base_version"],
+            attempt=0,
+            worker=0,
+            gradient=np.array(arrays[f"pending/{index}/gradient"]),
+            episodes=record["episodes"],
+            proposals=under(f"pending/{index}/proposal/"),
+            statistics=ShardStatistics(record["loss"], record["metric"], 0.0, 0.0, 0.0, 0),
+            fingerprint=record["fingerprint"],
+            digest=record["digest"],
+        )
+        result.append((contribution, bool(record["finite"])))
+    return result

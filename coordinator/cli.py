@@ -1,0 +1,337 @@
+"""The command line: options, help and exit codes; what the commands do is in ``commands``, imported when one runs.
+
+Nothing here may import torch, Ray, Arrow or matplotlib, also not by way of another module: ``--help`` answers within a
+second. Exit codes: 0 done, 2 refused (one line on stderr), 130 interrupted, 1 a defect of Metafleet (with traceback).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.errors import ConfigError, MetafleetError
+
+DEBUG_VARIABLE = "METAFLEET_DEBUG"
+"""Set to anything, it makes refusals show their traceback."""
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
+_path = click.Path(path_type=Path)
+_count = click.IntRange(min=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (the process's own by default) and return the exit code."""
+    try:
+        # A click command that ends by itself (--help, --version) gives its exit code, ours give None.
+        return app.main(args=argv, prog_name="metafleet", standalone_mode=False) or 0
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = f" (see {context.command_path} --help)" if context else ""
+        click.echo(f"error: {' '.join(error.format_message().split())}{hint}", err=True)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except MetafleetError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        click.echo(f"error: {error}", err=True)
+        return 2
+
+
+# ------------------------------------------------------------------------------------------- configuration as options
+
+
+class GroupInOrder(click.Group):
+    """A group whose help lists the commands as they are defined, the main one first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands' names in order of definition."""
+        return list(self.commands)
+
+
+class OverridesCommand(click.Command):
+    """A command that takes every configuration field as an option, and shows them all in its help.
+
+    The fields are no click options: which of them exist depends on the recipe and on other options. They go on as
+    hidden ``--set KEY=VALUE`` and are judged by the configuration.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's parsing, after the fields have been taken out."""
+        visible = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        return super().parse_args(ctx, take_overrides(args, [name for param in visible for name in param.opts], ctx))
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Click's help, then the fields."""
+        from cluster.config.help import fields_text
+
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + fields_text(formatter.width))
+
+
+def take_overrides(args: Iterable[str], options: Sequence[str], context: click.Context | None = None) -> list[str]:
+    """``args`` with each option that is none of ``options`` rewritten as ``--set KEY=VALUE``, and those put first.
+
+    A field takes the next argument for its value unless that is an option; a true/false field takes it only if it is
+    such a value, so that it can stand before the recipe's name. ``_`` and ``-`` are the same in every name.
+
+    Raises:
+        ConfigError: a field without a value.
+        click.UsageError: neither an option nor a field, but close to an option.
+    """
+    overrides: list[str] = []
+    others: list[str] = []
+    rest = deque(args)
+    while rest:
+        token = rest.popleft()
+        name, equals, value = token.partition("=")
+        dashed = name.replace("_", "-")
+        if token == "--":
+            others += [token, *rest]
+            break
+        if not token.startswith("--"):
+            others.append(token)
+        elif dashed in options:
+            others.append(dashed + equals + value)
+        else:
+            key = name.removeprefix("--").replace("-", "_")
+            _refuse_misspelt_option(dashed, key, options, context)
+            overrides += ["--set", f"{key}={value if equals else _next_value(key, rest)}"]
+    return overrides + others
+
+
+def _refuse_misspelt_option(name: str, key: str, options: Sequence[str], context: click.Context | None) -> None:
+    from cluster.config.run import RunConfig
+
+    near = get_close_matches(name, [option for option in options if option.startswith("--")], n=1, cutoff=0.75)
+    if near and "." not in key and key not in RunConfig.model_fields:
+        raise click.UsageError(f"No such option '{name}'. Did you mean '{near[0]}'?", context)
+
+
+def _next_value(key: str, rest: deque[str]) -> str:
+    from cluster.config.fields import all_fields
+    from cluster.config.overrides import is_switch_value
+
+    if any(field.path == key and field.boolean for field in all_fields()):
+        return rest.popleft() if rest and is_switch_value(rest[0]) else "true"
+    if not rest or rest[0].startswith("--"):
+        raise ConfigError(f"{key}: needs a value")
+    return rest.popleft()
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _report(as_json: bool, command: Callable[[], dict[str, Any]]) -> None:
+    """Run a command that shows its report itself, or, for JSON, print what it returns and nothing else."""
+    if not as_json:
+        command()
+        return
+    with _stdout_to_stderr():
+        report = command()
+    click.echo(json.dumps(_finite(report), allow_nan=False))
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what anyone prints: Python code, C code, and the processes that are started meanwhile."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinities, which JSON does not have: a diverged run still gets its report."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+        case Path():
+            return str(value)
+        case _:
+            return value
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@click.group(cls=GroupInOrder, context_settings=_SETTINGS, invoke_without_command=True)
+@click.version_option(package_name="metafleet", message="%(prog)s %(version)s")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """Distributed meta-learning on Ray and PyTorch: the same bits whatever the number of workers.
+
+    `metafleet train` without anything else meta-trains MAML on the embedded glyphs, on all cores of this machine.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@app.command(cls=OverridesCommand, short_help="Meta-train a recipe, or resume a run.")
+@click.argument("recipe", required=False)
+@click.option("--run-dir", metavar="DIR", help="Run directory to make; runs/RECIPE-DATE-TIME when not given.")
+@click.option("--resume", type=_path, metavar="RUN", help="Go on with the run in this directory, to the same result.")
+@click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
+@click.option("--workers", metavar="N", help="Worker actors; as many as the free CPUs (or GPUs) allow when not given.")
+@click.option("--steps", metavar="VERSIONS", help="Outer updates of the whole run.")
+@click.option("--seed", metavar="S", help="Seed of the initial parameters and of every episode.")
+@click.option("--store", metavar="STORE", help="Episode store, for recipes that need one.")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, hidden=True)
+@_json
+def train(
+    recipe: str | None, resume: Path | None, settings: tuple[str, ...], as_json: bool, **named: str | None
+) -> None:
+    """Meta-train RECIPE: the name of a shipped one (see `metafleet recipes`; glyphs-maml by default) or a .toml file.
+
+    Every configuration field is an option, see below.
+    """
+    from coordinator import commands
+
+    overrides = [(key, value) for key, _, value in (setting.partition("=") for setting in settings)]
+    overrides += [(_FIELD_OF.get(name, name), value) for name, value in named.items() if value is not None]
+    _report(as_json, lambda: commands.train(recipe, overrides, resume, as_json=as_json))
+
+
+_FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "workers", "store")}
+"""The configuration field that an option of `train` sets, where the names differ."""
+
+
+@app.command(short_help="Evaluate a run on held-out episodes.")
+@click.argument("run", type=_path)
+@click.option("--store", type=_path, metavar="STORE", help="Another episode store, taken as a whole.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Classes to draw from; test when not given, all for another store.",
+)
+@click.option("--way", type=_count, metavar="N", help="Classes an episode; the run's when not given.")
+@click.option("--shot", type=_count, metavar="K", help="Support samples a class; the run's when not given.")
+@click.option("--query", type=_count, metavar="Q", help="Query samples a class; the run's when not given.")
+@click.option("--episodes", type=click.IntRange(min=2), metavar="E", help="Episodes; the run's when not given.")
+@click.option(
+    "--bn",
+    type=click.Choice(["transductive", "support", "running"]),
+    help="Batch statistics: of the set at hand, of the support set, or running averages; the run's when not given.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Best by validation, or last.",
+)
+@click.option("--address", metavar="A", help="Ray cluster: local, auto, or HOST:PORT; the run's when not given.")
+@click.option("--workers", type=_count, metavar="N", help="Worker actors; the run's when not given.")
+@_json
+def evaluate(run: Path, as_json: bool, **request: Any) -> None:
+    """Evaluate the run in directory RUN: mean and 95 % confidence interval before and after each adaptation step.
+
+    The same episodes each time: they are decided by the run's seed, the split and the episode's number.
+    """
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.evaluate(run, as_json=as_json, **request))
+
+
+@app.command(short_help="Recompute a run from its log.")
+@click.argument("run", type=_path)
+@click.option(
+    "--until", type=click.IntRange(min=0), metavar="VERSION", help="Stop at this version; the last by default."
+)
+@_json
+def replay(run: Path, until: int | None, as_json: bool) -> None:
+    """Recompute the run in directory RUN from its commit log, in one process, and compare the digests."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.replay(run, until, as_json=as_json))
+
+
+@app.group(cls=GroupInOrder, invoke_without_command=True, short_help="Turn a data source into an episode store.")
+@click.pass_context
+def ingest(context: click.Context) -> None:
+    """Turn a data source into an episode store: an immutable file, with its .header beside it."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+_size = click.option(
+    "--size", type=_count, metavar="N", default=28, show_default=True, help="Height and width, pixels."
+)
+
+
+@ingest.command("omniglot", short_help="Omniglot, from its zip files or folders.")
+@click.argument("source", type=_path, metavar="ZIP_OR_FOLDER")
+@click.argument("store", type=_path)
+@_size
+@click.option("--download", is_flag=True, help="First download Omniglot into the folder, through torchvision.")
+@_json
+def ingest_omniglot(source: Path, store: Path, size: int, download: bool, as_json: bool) -> None:
+    """Omniglot as published (zip files or unpacked), or as torchvision leaves it on disk; ink is white on black."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.ingest_omniglot(source, store, size, download=download, as_json=as_json))
+
+
+@ingest.command("images", short_help="Your own pictures in class folders.")
+@click.argument("folder", type=_path)
+@click.argument("store", type=_path)
+@click.option("--size", type=_count, metavar="N", required=True, help="Height and width, pixels.")
+@click.option("--grey/--rgb", default=None, help="Channels; grey only if all pictures are, when not given.")
+@_json
+def ingest_images(folder: Path, store: Path, size: int, grey: bool | None, as_json: bool) -> None:
+    """Your own pictures: every folder below FOLDER that holds pictures is a class, its parent folder its group."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.ingest_images(folder, store, size, grey, as_json=as_json))
+
+
+@ingest.command("glyphs", short_help="The embedded characters of many scripts.")
+@click.argument("store", type=_path)
+@_size
+@_json
+def ingest_glyphs(store: Path, size: int, as_json: bool) -> None:
+    """The embedded source as a file: characters of many scripts in the typefaces that matplotlib ships."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.ingest_glyphs(store, size, as_json=as_json))
+
+
+@app.command(short_help="Show what a run, checkpoint or episode store holds.")
+@click.argument("path", type=_path, metavar="RUN|CHECKPOINT|STORE")
+@click.option("--sheet", type=_path, metavar="PNG", help="Write a contact sheet of the store's pictures.")
+@_json
+def inspect(path: Path, sheet: Path | None, as_json: bool) -> None:
+    """Show what a run directory, a checkpoint or an episode store holds, after checking that it is whole."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.inspect(path, sheet, as_json=as_json))
+
+
+@app.command(short_help="List the shipped recipes.")
+@_json
+def recipes(as_json: bool) -> None:
+    """List the shipped recipes, one line each."""
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.recipes(as_json=as_json))

@@ -1,0 +1,105 @@
+"""The commit log: what made each version, in order, so that a run can be recomputed from it.
+
+One file an epoch. Its header names format, epoch, the version it starts from, and the run's digests; then one entry a
+commit, appended before the commit is announced. Readers chain the epochs: an epoch's entries count up to the version
+that the next one started from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import CheckpointError
+from cluster.records import RecordWriter, scan
+from coordinator.aggregators.base import Counted, Dropped
+from coordinator.run_dir import RunDirectory
+
+FORMAT = "metafleet-commit-log"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One commit."""
+
+    version: int
+    """The version that it made."""
+    counted: tuple[Counted, ...]
+    """Contributions in the order in which they were applied."""
+    dropped: tuple[Dropped, ...]
+    """Contributions dropped since the commit before."""
+    digest: str
+    """Run digest of the new version."""
+
+
+class CommitLog:
+    """Appends entries to the log of one epoch.
+
+    Args:
+        run: the run directory, whose lock is held.
+        epoch: the epoch this driver claimed.
+        start: the version that it goes on from.
+        start_digest: run digest of that version.
+        config_digest: digest of the configuration's result half.
+    """
+
+    def __init__(self, run: RunDirectory, epoch: int, start: int, start_digest: str, config_digest: str) -> None:
+        self._writer = RecordWriter(run.log(epoch), [FORMAT, SCHEMA, epoch, start, start_digest, config_digest])
+
+    def append(self, entry: Entry) -> None:
+        """Record a commit; it is with the operating system when this returns."""
+        counted = [list(astuple(c)) for c in entry.counted]
+        self._writer.append([entry.version, counted, [list(astuple(d)) for d in entry.dropped], entry.digest])
+
+    def sync(self) -> None:
+        """Force the log to the disk."""
+        self._writer.sync()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def read_log(run: RunDirectory) -> list[Entry]:
+    """All commits of a run, versions 1, 2 … without gaps.
+
+    Raises:
+        CheckpointError: a log is damaged elsewhere than at its end, or the epochs do not join.
+    """
+    segments = [_read_segment(run.log(epoch), epoch) for epoch in run.epochs() if run.log(epoch).exists()]
+    entries: list[Entry] = []
+    for start, digest, segment in (s for s in segments if s is not None):
+        if start > len(entries):
+            raise CheckpointError(
+                f"the commit log of {run.path} has a gap: versions {len(entries) + 1}–{start} are missing"
+            )
+        if start > 0 and entries[start - 1].digest != digest:
+            raise CheckpointError(f"the commit logs of {run.path} do not join at version {start}: digests differ")
+        del entries[start:]
+        for entry in segment:
+            if entry.version != len(entries) + 1:
+                raise CheckpointError(
+                    f"the commit log of {run.path} jumps from version {len(entries)} to {entry.version}"
+                )
+            entries.append(entry)
+    return entries
+
+
+def _read_segment(path: Path, epoch: int) -> tuple[int, str, Sequence[Entry]] | None:
+    """Start version, its digest, and the entries of one log; ``None`` if the driver died before its header."""
+    records, _ = scan(path, [FORMAT, SCHEMA, epoch])
+    if not records:
+        return None
+    try:
+        _, _, _, start, digest, _ = records[0]
+        return int(start), str(digest), [_entry(record) for record in records[1:]]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds a record that is no commit: {error}") from error
+
+
+def _entry(record: Any) -> Entry:
+    version, counted, dropped, digest = record
+    return Entry(version, tuple(Counted(*c) for c in counted), tuple(Dropped(*d) for d in dropped), digest)

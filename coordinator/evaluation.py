@@ -1,0 +1,93 @@
+"""Evaluation of one version: orders for fixed episode ids, and a collector that turns their parts into scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.config.run import RunConfig
+from cluster.errors import MetafleetError
+from cluster.messages import BatchNorm, EvaluationPart, EvaluationTask, Published, SplitName
+from coordinator.dispatch import Dispatcher, Evaluated, Failure
+from coordinator.pool import Pool
+from metaworker.scores import EvaluationScores, combine
+
+PART = 10
+"""Episodes an order: small enough to spread 200 episodes evenly over many workers."""
+
+PATIENCE = 0.5
+"""Seconds of waiting between two looks at a stop request."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is evaluated: episodes 0 … ``episodes`` − 1 of a split, always the same ones."""
+
+    split: SplitName
+    way: int
+    shot: int
+    query: int
+    episodes: int
+    batch_norm: BatchNorm
+
+    @staticmethod
+    def of(config: RunConfig, split: SplitName, episodes: int) -> EvaluationRequest:
+        """The configured evaluation of ``split``."""
+        shape = config.evaluation_shape
+        return EvaluationRequest(split, shape.way, shape.shot, shape.query, episodes, default_batch_norm(config))
+
+    def orders(self, version: int) -> Iterator[EvaluationTask]:
+        """The orders that cover the episodes."""
+        for part, first in enumerate(range(0, self.episodes, PART)):
+            count = min(PART, self.episodes - first)
+            yield EvaluationTask(
+                self.split, first, count, self.way, self.shot, self.query, self.batch_norm, version, part
+            )
+
+
+def default_batch_norm(config: RunConfig) -> BatchNorm:
+    """The batch-norm mode that the run was configured with; ``transductive`` for nets without batch-norm."""
+    mode: BatchNorm = getattr(config.model, "batch_norm", "transductive")
+    return mode
+
+
+class EvaluationCollector:
+    """Takes the parts of one evaluation; the last one makes the scores."""
+
+    def __init__(self, request: EvaluationRequest) -> None:
+        self._request = request
+        self._parts: list[EvaluationPart] = []
+        self._episodes = 0
+
+    def add(self, part: EvaluationPart) -> EvaluationScores | None:
+        """Take a part."""
+        self._parts.append(part)
+        self._episodes += len(part.loss)
+        return combine(self._parts) if self._episodes == self._request.episodes else None
+
+
+def evaluate_now(dispatcher: Dispatcher, pool: Pool, published: Published, request: EvaluationRequest) -> EvaluationScores:
+    """Evaluate while nothing else is computed.
+
+    Raises:
+        PoisonShardError, ClusterError: as the dispatcher.
+    """
+    handle = pool.publish(published)
+    orders = request.orders(published.version)
+    collector = EvaluationCollector(request)
+    exhausted = False
+    while True:
+        while dispatcher.room > 0 and not exhausted:
+            order = next(orders, None)
+            exhausted = order is None
+            if order is not None:
+                dispatcher.submit(order, handle)
+        match dispatcher.next(PATIENCE):
+            case Evaluated(part):
+                scores = collector.add(part)
+                if scores is not None:
+                    return scores
+            case Failure() | None:
+                pass
+            case outcome if exhausted and not dispatcher.busy:
+                raise MetafleetError(f"evaluation ended without all its parts ({outcome})")

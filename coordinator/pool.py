@@ -1,0 +1,138 @@
+"""Where orders are computed: the interface between the dispatcher and the workers, and the pool of this very process.
+
+    dispatcher -> submit(slot, order, handle), publish(published) -> handle, replace(slot)
+    dispatcher <- wait(timeout) -> WorkerReady | Reply | Failed
+
+The Ray pool (``ray_pool``) and ``InProcessPool`` implement it; so does the scripted fake in the tests.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from cluster.errors import MetafleetError
+from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
+from metaworker.shard_worker import ShardWorker
+
+Order = ShardTask | EvaluationTask
+Handle = Any
+"""What a pool gives for published parameters; opaque to everyone else."""
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker has started and may get orders."""
+
+    slot: int
+    hello: WorkerHello
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer to an order."""
+
+    slot: int
+    order: Order
+    result: Contribution | EvaluationPart
+    size: int
+    """Bytes of the result's arrays."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt failed: the worker is lost, or its code raised. ``order`` is ``None`` when it failed to start."""
+
+    slot: int
+    order: Order | None
+    kind: Literal["worker_lost", "shard_error", "start_error"]
+    message: str
+    """One line."""
+    detail: str = ""
+    """The worker's traceback, where there is one."""
+
+
+Event = WorkerReady | Reply | Failed
+
+
+class Pool(Protocol):
+    """Workers in slots 0, 1 …; each computes its orders one after another, in the order of submission."""
+
+    @property
+    def size(self) -> int:
+        """How many slots there are."""
+        ...
+
+    def publish(self, published: Published) -> Handle:
+        """Make a version's parameters available to the workers, once."""
+        ...
+
+    def submit(self, slot: int, order: Order, handle: Handle) -> None:
+        """Queue an order on a ready worker."""
+        ...
+
+    def wait(self, timeout: float) -> Event | None:
+        """The next event, or ``None`` after ``timeout`` seconds."""
+        ...
+
+    def replace(self, slot: int) -> None:
+        """Start a new worker in the slot of a lost one; ``WorkerReady`` follows, or ``Failed`` without an order."""
+        ...
+
+    def close(self) -> None:
+        """Stop the workers."""
+        ...
+
+
+class InProcessPool:
+    """One worker, computed by this process when asked for the next event: for tests, replay and debugging."""
+
+    def __init__(self, worker: ShardWorker, hello: WorkerHello) -> None:
+        self._worker = worker
+        self._events: deque[WorkerReady] = deque([WorkerReady(0, hello)])
+        self._orders: deque[tuple[Order, Published]] = deque()
+
+    @property
+    def size(self) -> int:
+        """One."""
+        return 1
+
+    def publish(self, published: Published) -> Handle:
+        """The parameters themselves."""
+        return published
+
+    def submit(self, slot: int, order: Order, handle: Handle) -> None:
+        """Queue it."""
+        self._orders.append((order, handle))
+
+    def wait(self, timeout: float) -> Event | None:
+        """Compute the next order."""
+        if self._events:
+            return self._events.popleft()
+        if not self._orders:
+            return None
+        order, published = self._orders.popleft()
+        result = compute(self._worker, published, order)
+        return Reply(0, order, result, payload_bytes(result))
+
+    def replace(self, slot: int) -> None:
+        """This process cannot replace itself."""
+        raise MetafleetError("the in-process pool has no worker to replace")
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def compute(worker: ShardWorker, published: Published, order: Order) -> Contribution | EvaluationPart:
+    """The worker's answer to an order of either kind."""
+    if isinstance(order, ShardTask):
+        return worker.compute(published, order)
+    return worker.evaluate(published, order)
+
+
+def payload_bytes(result: Contribution | EvaluationPart) -> int:
+    """Bytes of the arrays in a result."""
+    if isinstance(result, Contribution):
+        return result.gradient.nbytes + sum(rows.nbytes for rows in result.proposals.values())
+    return result.loss.nbytes

@@ -1,0 +1,165 @@
+"""Workers as Ray actors: one file knows how orders travel, the rest of the coordinator runs without Ray.
+
+Actors never restart and tasks never retry by Ray's own hand (``max_restarts=0``, ``max_task_retries=0``): the
+dispatcher reissues and replaces. Parameters are put once per version; an object lives as long as an order that needs
+it, or the caller's handle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from cluster.config.run import RunConfig
+from cluster.errors import ClusterError, MetafleetError
+from cluster.messages import Published
+from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady, payload_bytes
+from metaworker.actor import WorkerActor
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What an object reference is awaited for; ``order`` is ``None`` for a worker's hello."""
+
+    slot: int
+    order: Order | None
+
+
+def affordable_workers(config: RunConfig, resources: Mapping[str, float]) -> int:
+    """How many workers the free resources allow, at most as many as configured.
+
+    Raises:
+        ClusterError: not even one.
+    """
+    execution = config.execution
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    room = math.floor(cpus / execution.cpus_per_worker + 1e-9)
+    if execution.gpus_per_worker > 0:
+        room = min(room, math.floor(gpus / execution.gpus_per_worker + 1e-9))
+    if room < 1:
+        raise ClusterError(
+            f"not enough for one worker: it needs {execution.cpus_per_worker:g} CPUs and "
+            f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; lower "
+            "execution.cpus_per_worker or execution.gpus_per_worker, or free some"
+        )
+    return min(room, execution.workers or room)
+
+
+class RayPool:
+    """Worker actors on a connected Ray cluster.
+
+    Args:
+        config: the run's configuration, sent to every worker.
+        workers: how many slots.
+    """
+
+    def __init__(self, config: RunConfig, workers: int) -> None:
+        self._config = config
+        self._remote: Any = ray.remote(WorkerActor)
+        self._actors: dict[int, Any] = {}
+        self._pending: dict[Any, _Pending] = {}
+        self._done: deque[Any] = deque()
+        self._size = workers
+        for slot in range(workers):
+            self._start(slot)
+
+    @property
+    def size(self) -> int:
+        """How many slots there are."""
+        return self._size
+
+    def publish(self, published: Published) -> Handle:
+        """Put the parameters into the object store."""
+        return ray.put(published)
+
+    def submit(self, slot: int, order: Order, handle: Handle) -> None:
+        """Queue the order on the slot's actor."""
+        self._pending[self._actors[slot].compute.remote(handle, order)] = _Pending(slot, order)
+
+    def wait(self, timeout: float) -> Event | None:
+        """The next finished attempt, in order of completion."""
+        if not self._done:
+            if not self._pending:
+                return None
+            # Everything that has finished by then is taken at once: one call for many replies.
+            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout)
+            if ready:
+                more, _ = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)
+                self._done.extend(more)
+        return self._take(self._done.popleft()) if self._done else None
+
+    def replace(self, slot: int) -> None:
+        """Start a new actor in the slot."""
+        self._stop(slot)
+        self._start(slot)
+
+    def close(self) -> None:
+        """Kill the actors."""
+        for slot in list(self._actors):
+            self._stop(slot)
+        self._pending.clear()
+        self._done.clear()
+
+    def _start(self, slot: int) -> None:
+        execution = self._config.execution
+        actor = self._remote.options(
+            num_cpus=execution.cpus_per_worker,
+            num_gpus=execution.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": worker_environment(self._config.threads)},
+        ).remote(self._config, slot)
+        self._actors[slot] = actor
+        self._pending[actor.hello.remote()] = _Pending(slot, None)
+
+    def _stop(self, slot: int) -> None:
+        actor = self._actors.pop(slot, None)
+        if actor is not None:
+            with contextlib.suppress(RayError):  # it may be dead already, which is what is wanted
+                ray.kill(actor)
+
+    def _take(self, reference: Any) -> Event | None:
+        pending = self._pending.pop(reference, None)
+        if pending is None:
+            return None
+        slot, order = pending.slot, pending.order
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            cause = getattr(error, "cause", None)
+            if order is None and isinstance(cause, MetafleetError):
+                raise cause from None
+            kind = "start_error" if order is None else "worker_lost"
+            return Failed(slot, order, kind, _first_line(error), str(error))
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            return Failed(slot, order, "shard_error", f"{type(cause).__name__}: {_first_line(cause)}", str(error))
+        except RayError as error:
+            return Failed(slot, order, "worker_lost", _first_line(error), str(error))
+        if order is None:
+            return WorkerReady(slot, result)
+        return Reply(slot, order, result, payload_bytes(result))
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """Environment of worker processes: threads are configuration, and CUDA's determinism is set before it starts."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+__all__ = ["ClusterError", "RayPool", "affordable_workers", "worker_environment"]

@@ -1,0 +1,172 @@
+"""Recomputing a run from its commit log, in one process: the same contributions in the same order give the same digests.
+
+``Replayer`` applies one log entry after another; a resume uses it for the tail that an asynchronous run had logged
+after its last checkpoint, ``metafleet replay`` for the whole run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config.loading import load_resolved
+from cluster.config.run import RunConfig
+from cluster.config.sections import AsyncAggregator
+from cluster.episodes import open_source
+from cluster.errors import CheckpointError, FingerprintError, NumericsError
+from cluster.messages import Contribution, Published, ShardTask
+from coordinator.aggregators import build_aggregator
+from coordinator.aggregators.base import Counted, Update
+from coordinator.commit_log import Entry, read_log
+from coordinator.meta_state import MetaState
+from coordinator.outer_optimizer import OuterOptimizer
+from coordinator.run_dir import RunDirectory, RunIdentity
+from metaworker.shard_worker import ShardWorker
+
+REPORT_EVERY = 5.0
+"""Seconds between two progress lines."""
+
+
+class Replayer:
+    """Recomputes commits from their log entries.
+
+    Args:
+        config: the run's configuration.
+        worker: computes the shards.
+        state: the version to start from.
+        recent: θ and learner state of the versions before, oldest first.
+    """
+
+    def __init__(
+        self, config: RunConfig, worker: ShardWorker, state: MetaState, recent: Iterable[Published] = ()
+    ) -> None:
+        self._config = config
+        self._worker = worker
+        self._optimizer = OuterOptimizer(config)
+        aggregation = config.aggregator
+        bound = aggregation.staleness_bound if isinstance(aggregation, AsyncAggregator) else 0
+        self._recent: deque[Published] = deque(recent, maxlen=bound)
+        self.state = state
+        self.episodes = 0
+
+    @property
+    def recent(self) -> tuple[Published, ...]:
+        """θ and learner state of the versions before the current one, oldest first."""
+        return tuple(self._recent)
+
+    def apply(self, entry: Entry) -> None:
+        """Recompute one commit.
+
+        Raises:
+            NumericsError: a contribution or the run digest differs from the log.
+            CheckpointError: the entry does not follow from the current version.
+        """
+        if entry.version != self.state.version + 1:
+            raise CheckpointError(f"the log goes on with version {entry.version}, the state is at {self.state.version}")
+        aggregator = build_aggregator(
+            self._config.aggregator, self.state.version, reissue=[c.shard for c in entry.counted]
+        )
+        for _ in entry.counted:
+            aggregator.next_shard()
+        update: Any = None
+        for counted in entry.counted:
+            update = aggregator.add(self._recompute(counted), self.state.version, finite=counted.weight > 0)
+        if not isinstance(update, Update):
+            raise CheckpointError(f"version {entry.version} of the log does not hold a whole commit")
+        self._recent.append(self.state.published)
+        self.state, _ = self.state.apply(update.gradient, update.proposals, self._worker.learner, self._optimizer)
+        self.episodes += update.episodes
+        if self.state.digest != entry.digest:
+            raise NumericsError(
+                f"version {entry.version} gives digest {self.state.digest[:16]}, the log says {entry.digest[:16]}"
+            )
+
+    def _recompute(self, counted: Counted) -> Contribution:
+        published = self._base(counted.base_version)
+        episodes = self._config.shard.episodes
+        task = ShardTask(counted.shard, counted.shard * episodes, episodes, counted.base_version)
+        contribution = self._worker.compute(published, task)
+        if contribution.digest != counted.digest:
+            raise NumericsError(
+                f"shard {counted.shard} at version {counted.base_version} gives digest {contribution.digest[:16]}, the "
+                f"log says {counted.digest[:16]}"
+                + ("" if contribution.fingerprint == counted.fingerprint else ": it was computed on other hardware")
+            )
+        return contribution
+
+    def _base(self, version: int) -> Published:
+        if version == self.state.version:
+            return self.state.published
+        for published in self._recent:
+            if published.version == version:
+                return published
+        raise CheckpointError(f"the log uses version {version}, which is older than the staleness bound allows")
+
+
+def replay_run(run: RunDirectory, until: int | None = None) -> tuple[Replayer, Sequence[Entry]]:
+    """Recompute a run from version 0 up to ``until`` (its last logged version when not given).
+
+    Raises:
+        CheckpointError: the log is damaged, or does not reach ``until``.
+        FingerprintError: the run was computed on other hardware.
+        NumericsError: what is recomputed differs from the log.
+    """
+    config = load_resolved(run.config)
+    identity, entries = run.identity(), read_log(run)
+    if until is not None and not 0 <= until <= len(entries):
+        raise CheckpointError(f"--until {until} is not in the log of {run.path}: it holds versions 0 … {len(entries)}")
+    entries = entries[:until]
+    source = open_source(config)
+    check_source(identity, source.digest, source.split_digest)
+    worker = ShardWorker(config, source)
+    if worker.fingerprint != identity.fingerprint:
+        raise FingerprintError(
+            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
+            f"{worker.fingerprint_detail}): replay it on the same kind of machine"
+        )
+    replayer = Replayer(config, worker, MetaState.initial(config, worker.learner))
+    if replayer.state.digest != identity.initial_digest:
+        raise NumericsError(f"version 0 gives digest {replayer.state.digest[:16]}, the run says {identity.initial_digest[:16]}")
+    said = time.monotonic()
+    for entry in entries:
+        replayer.apply(entry)
+        if time.monotonic() - said > REPORT_EVERY:
+            said = time.monotonic()
+            print(f"replayed {entry.version} of {len(entries)} versions, digests agree so far", file=sys.stderr)
+    return replayer, entries
+
+
+def check_source(identity: RunIdentity, store_digest: str, split_digest: str) -> None:
+    """Refuse data that is not the run's.
+
+    Raises:
+        CheckpointError: another store or split.
+    """
+    if (store_digest, split_digest) != (identity.store_digest, identity.split_digest):
+        what = "store" if store_digest != identity.store_digest else "split"
+        raise CheckpointError(f"the run was made with another {what} than the one found now: give the same --store")
+
+
+def replay_command(run: Path, *, until: int | None, as_json: bool) -> dict[str, Any]:
+    """``metafleet replay``: recompute and compare."""
+    started = time.monotonic()
+    replayer, entries = replay_run(RunDirectory.open(run), until)
+    report = {
+        "run": str(run),
+        "version": replayer.state.version,
+        "digest": replayer.state.digest,
+        "shards": sum(len(entry.counted) for entry in entries),
+        "dropped": sum(len(entry.dropped) for entry in entries),
+        "matches": True,
+        "seconds": time.monotonic() - started,
+    }
+    if not as_json:
+        print(
+            f"replayed {report['version']:,} versions from {report['shards']:,} shards in {report['seconds']:.1f} s: "
+            f"every digest agrees with the log\ndigest {report['digest']}"
+        )
+    return report

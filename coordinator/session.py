@@ -1,0 +1,367 @@
+"""``metafleet train`` from end to end: run directory, cluster, workers, the trainer, the evaluation, the report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from cluster.config.loading import save_resolved
+from cluster.config.run import RunConfig
+from cluster.config.sections import AsyncAggregator, GlyphsData
+from cluster.device import prepare
+from cluster.episodes import open_source
+from cluster.episodes.types import EpisodeSource
+from cluster.errors import ConfigError, FingerprintError
+from cluster.messages import Published
+from cluster.metrics import Metrics, RunInfo
+from cluster.ray_runtime import ray_cluster
+from coordinator import checkpoint as checkpoints
+from coordinator.aggregators import Aggregator, build_aggregator
+from coordinator.checkpoint import Checkpoint
+from coordinator.commit_log import Entry, read_log
+from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.evaluation import PATIENCE, EvaluationRequest, evaluate_now
+from coordinator.history import read_history
+from coordinator.meta_state import MetaState
+from coordinator.pool import Pool
+from coordinator.recorder import Recorder
+from coordinator.replay import Replayer, check_source
+from coordinator.report import RunSummary, results_table
+from coordinator.run_dir import RunDirectory, RunIdentity
+from coordinator.train import Progress, Resources, StopRequest, Trainer
+from coordinator.view import View, make_view, summary_line
+from metaworker.learners import build_learner
+from metaworker.learners.base import Learner
+from metaworker.scores import EvaluationScores
+from metaworker.shard_worker import ShardWorker
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a trainer starts from: the beginning, or what an earlier driver left."""
+
+    state: MetaState
+    aggregator: Aggregator
+    recent: tuple[Published, ...]
+    progress: Progress
+    expected: dict[int, str]
+
+
+def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> dict[str, Any]:
+    """Train, evaluate on the test split, and report.
+
+    Raises:
+        MetafleetError: anything that a user can mend, in one line.
+        SystemExit: 128 + the signal's number, after a stop request was carried out.
+    """
+    prepare("cpu", threads=1)  # the driver's own reductions run on one thread
+    view = make_view(config.execution.log_every)
+    if isinstance(config.data, GlyphsData):
+        view.message("preparing the embedded glyphs (rendered once, then cached)")
+    source = open_source(config)
+    _check_shapes(config, source)
+    learner = build_learner(config, source.sample_shape)
+    with ExitStack() as stack:
+        metrics = _metrics(config, stack)
+        free = stack.enter_context(ray_cluster(config.execution.address))
+        from coordinator.ray_pool import RayPool, affordable_workers
+
+        workers = affordable_workers(config, free)
+        run = RunDirectory.open(resume) if resume else RunDirectory.create(_run_path(config))
+        stack.callback(run.release)
+        if resume:
+            run.acquire()
+        _say_workers(config, workers, view)
+        pool = RayPool(config, workers)
+        stack.callback(pool.close)
+        dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+        identity, mixed = _identity(config, run, source, learner, _first_worker(config, dispatcher), resume is not None)
+        start = _start(config, run, source, learner, identity, resume is not None)
+        start.progress.mixed |= mixed
+        return _train(config, run, identity, learner, pool, dispatcher, start, view, metrics, as_json)
+
+
+def _train(
+    config: RunConfig,
+    run: RunDirectory,
+    identity: RunIdentity,
+    learner: Learner,
+    pool: Pool,
+    dispatcher: Dispatcher,
+    start: Start,
+    view: View,
+    metrics: tuple[Metrics, str | None],
+    as_json: bool,
+) -> dict[str, Any]:
+    epoch = run.claim_epoch()
+    recorder = Recorder(
+        run, epoch, start.state.version, start.state.digest, identity.config_digest, config.execution.keep, not config.regression
+    )
+    stop = StopRequest()
+    resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics[0], stop)
+    metric = "mse" if config.regression else "accuracy"
+    with _signals(stop, view):
+        view.start(config.steps, summary_line(config), metric=metric, version=start.state.version)
+        try:
+            trainer = Trainer(resources, start.state, start.aggregator, start.recent, start.progress, start.expected)
+            state = trainer.run()
+        finally:
+            view.stop()
+            recorder.close()
+        if stop.signal is not None:
+            _plot(config, run, None)
+            print(
+                f"stopped at version {state.version} of {config.steps}, checkpoint written; go on with: "
+                f"metafleet train --resume {run.path}",
+                file=sys.stderr,
+            )
+            raise SystemExit(128 + stop.signal)
+    evaluation = _evaluate_test(config, run, state, pool, dispatcher)
+    _plot(config, run, evaluation)
+    summary = _summary(config, run, trainer, pool.size, evaluation, metrics[1])
+    if not as_json:
+        Console().print(results_table(summary))
+    return summary.to_json()
+
+
+# ---------------------------------------------------------------------------------------------------------- start
+
+
+def _start(
+    config: RunConfig, run: RunDirectory, source: EpisodeSource, learner: Learner, identity: RunIdentity, resume: bool
+) -> Start:
+    initial = MetaState.initial(config, learner)
+    if not resume:
+        return Start(initial, build_aggregator(config.aggregator), (), Progress(), {})
+    check_source(identity, source.digest, source.split_digest)
+    found = checkpoints.list_checkpoints(run.checkpoints)
+    entries = read_log(run)
+    if found:
+        at = checkpoints.load(found[-1], initial.layout, identity.config_digest)
+    else:
+        at = Checkpoint(initial, (), (), (), 0, identity.config_digest, 0, 0.0)
+    progress = Progress(at.episodes, at.seconds)
+    tail = entries[at.state.version :]
+    if isinstance(config.aggregator, AsyncAggregator):
+        return _start_async(config, source, at, entries, tail, progress)
+    # A synchronous run recomputes the tail itself, and must come to the logged digests.
+    aggregator = build_aggregator(config.aggregator, at.state.version, pending=at.pending)
+    same = identity.fingerprint == progress_fingerprint(config)
+    expected = {entry.version: entry.digest for entry in tail} if same else {}
+    return Start(at.state, aggregator, (), progress, expected)
+
+
+def progress_fingerprint(config: RunConfig) -> str:
+    """The fingerprint that this machine's workers would have, computed in this process."""
+    from cluster.device import fingerprint, fingerprint_detail
+
+    return fingerprint(fingerprint_detail(prepare(config.device, config.threads)))
+
+
+def _start_async(
+    config: RunConfig,
+    source: EpisodeSource,
+    at: Checkpoint,
+    entries: list[Entry],
+    tail: list[Entry],
+    progress: Progress,
+) -> Start:
+    """Replay what was logged after the checkpoint, then go on; what was in flight is issued again."""
+    replayer = Replayer(config, ShardWorker(config, source), at.state, at.recent)
+    for entry in tail:
+        replayer.apply(entry)
+    prepare("cpu", threads=1)
+    progress.episodes += replayer.episodes
+    settled = {c.shard for entry in entries for c in entry.counted} | {d.shard for e in entries for d in e.dropped}
+    pending = [(c, finite) for c, finite in at.pending if c.shard not in settled]
+    settled |= {c.shard for c, _ in pending}
+    next_id = max(at.next_id, 1 + max(settled, default=-1))
+    reissue = [shard for shard in range(next_id) if shard not in settled]
+    aggregator = build_aggregator(config.aggregator, replayer.state.version, next_id, reissue, pending)
+    return Start(replayer.state, aggregator, replayer.recent, progress, {})
+
+
+def _identity(
+    config: RunConfig, run: RunDirectory, source: EpisodeSource, learner: Learner, first: Joined, resume: bool
+) -> tuple[RunIdentity, bool]:
+    """The run's identity, made at its start and checked at a resume; and whether its hardware is mixed."""
+    if not resume:
+        identity = RunIdentity(
+            config.result_digest(),
+            source.digest,
+            source.split_digest,
+            MetaState.initial(config, learner).digest,
+            first.hello.fingerprint,
+            dict(first.hello.fingerprint_detail),
+        )
+        save_resolved(config, run.config)
+        run.write_identity(identity)
+        return identity, False
+    identity = run.identity()
+    if first.hello.fingerprint == identity.fingerprint:
+        return identity, False
+    if not config.execution.other_hardware:
+        raise FingerprintError(
+            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
+            f"{dict(first.hello.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
+            "it there, or add --execution.other_hardware"
+        )
+    return replace(identity, fingerprint=first.hello.fingerprint), True
+
+
+def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
+    """Wait for the first worker; later ones join while the run goes on."""
+    deadline = time.monotonic() + config.execution.start_timeout
+    while time.monotonic() < deadline:
+        match dispatcher.next(PATIENCE):
+            case Joined() as joined:
+                return joined
+            case Failure(_, message):
+                print(message, file=sys.stderr)
+    from cluster.errors import ClusterError
+
+    raise ClusterError(
+        f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "
+        "`ray status` for what is missing, or raise it"
+    )
+
+
+def _check_shapes(config: RunConfig, source: EpisodeSource) -> None:
+    """Refuse episodes that the data cannot give, before anything is started."""
+    episode, evaluation = config.episode, config.evaluation_shape
+    source.check("train", episode.way, episode.shot, episode.query)
+    if config.evaluation.every:
+        source.check("val", evaluation.way, evaluation.shot, evaluation.query)
+    source.check("test", evaluation.way, evaluation.shot, evaluation.query)
+    if config.learner.type != "protonet" and evaluation.way != episode.way:
+        raise ConfigError(
+            f"evaluation.way must be episode.way = {episode.way} for learner {config.learner.type}, whose head has one "
+            f"output a class, got {evaluation.way}"
+        )
+
+
+def _run_path(config: RunConfig) -> Path:
+    if config.execution.run_dir is not None:
+        return Path(config.execution.run_dir)
+    return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _say_workers(config: RunConfig, workers: int, view: View) -> None:
+    asked = config.execution.workers
+    if asked is not None and workers < asked:
+        view.message(f"{asked} workers were asked for, the free resources allow {workers}: going on with {workers}")
+
+
+def _metrics(config: RunConfig, stack: ExitStack) -> tuple[Metrics, str | None]:
+    info = RunInfo(config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest())
+    metrics = Metrics(info, regression=config.regression)
+    if not config.execution.metrics:
+        return metrics, None
+    host, port = metrics.serve(config.execution.metrics_host, config.execution.metrics_port)
+    stack.callback(metrics.close)
+    return metrics, f"{host}:{port}"
+
+
+@contextmanager
+def _signals(stop: StopRequest, view: View) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the loop to checkpoint and end; the second SIGINT ends the process at once.
+
+    Installed after ``ray.init``, which replaces the SIGTERM handler.
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            view.stop()
+            os._exit(128 + signal.SIGINT)
+        stop.signal = stop.signal or number
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------ end
+
+
+def _evaluate_test(
+    config: RunConfig, run: RunDirectory, state: MetaState, pool: Pool, dispatcher: Dispatcher
+) -> dict[str, Any]:
+    """Scores on the test split: of the best checkpoint by validation, or of the last version."""
+    best = checkpoints.best_of(run.checkpoints)
+    chosen = checkpoints.load(best, state.layout).state if best is not None else state
+    request = EvaluationRequest.of(config, "test", config.evaluation.episodes)
+    scores = evaluate_now(dispatcher, pool, chosen.published, request)
+    return describe_evaluation(scores, request, "best" if best is not None else "last", chosen.version)
+
+
+def describe_evaluation(
+    scores: EvaluationScores, request: EvaluationRequest, checkpoint: str, version: int
+) -> dict[str, Any]:
+    """Scores and what they were measured on, as plain data."""
+    return scores.to_json() | {
+        "split": request.split,
+        "way": request.way,
+        "shot": request.shot,
+        "query": request.query,
+        "bn": request.batch_norm,
+        "checkpoint": checkpoint,
+        "version": version,
+    }
+
+
+def _plot(config: RunConfig, run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
+    from coordinator.plots import adaptation_curve, learning_curve
+
+    metric = "mse" if config.regression else "accuracy"
+    learning_curve(read_history(run.history), run.path / "learning_curve.png", title=config.name, metric=metric)
+    if evaluation is not None:
+        adaptation_curve(
+            evaluation["steps"], evaluation["steps_ci95"], run.path / "adaptation_curve.png", title=config.name,
+            metric=metric, chance=None if config.regression else 1 / evaluation["way"],
+        )
+
+
+def _summary(
+    config: RunConfig,
+    run: RunDirectory,
+    trainer: Trainer,
+    workers: int,
+    evaluation: dict[str, Any],
+    endpoint: str | None,
+) -> RunSummary:
+    best = checkpoints.best_of(run.checkpoints)
+    kept = [checkpoints.version_of(path)[0] for path in checkpoints.list_checkpoints(run.checkpoints)]
+    return RunSummary(
+        run_dir=str(run.path),
+        recipe=config.name,
+        learner=config.learner.type,
+        aggregator=config.aggregator.type,
+        seed=config.seed,
+        version=trainer.state.version,
+        total=config.steps,
+        digest=trainer.state.digest,
+        wall_seconds=trainer.seconds,
+        episodes=trainer.progress.episodes,
+        tasks_per_second=trainer.tasks_per_second,
+        workers=workers,
+        failures=dict(trainer.progress.failures),
+        checkpoints=kept,
+        best=None if best is None else checkpoints.version_of(best)[0],
+        mixed=trainer.progress.mixed,
+        metrics=endpoint,
+        evaluation=evaluation,
+    )

@@ -1,0 +1,317 @@
+"""The outer loop: keeps workers busy, collects contributions, commits versions.
+
+    Trainer.run     the loop, one screen
+    Trainer._take   acts on one outcome of the dispatcher
+    Trainer._commit θ of the next version, published, logged, checkpointed, validated when due
+
+The trainer knows the dispatcher (who computes), the aggregator (what makes an update), the recorder (what is kept) and
+the view and metrics (what is shown). It knows neither Ray nor files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cluster.config.run import RunConfig
+from cluster.config.sections import AsyncAggregator
+from cluster.errors import FingerprintError, MetafleetError, NumericsError
+from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
+from cluster.metrics import Metrics
+from coordinator.aggregators import Aggregator
+from coordinator.aggregators.base import Dropped, Update
+from coordinator.checkpoint import Checkpoint
+from coordinator.commit_log import Entry
+from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome
+from coordinator.evaluation import PATIENCE, EvaluationCollector, EvaluationRequest
+from coordinator.history import CommitRecord, ValidationRecord
+from coordinator.meta_state import MetaState
+from coordinator.outer_optimizer import OuterOptimizer
+from coordinator.pool import Handle, Pool
+from coordinator.recorder import Recorder
+from coordinator.run_dir import RunIdentity
+from coordinator.view import Snapshot, View
+from metaworker.learners.base import Learner
+
+
+@dataclass
+class Progress:
+    """What a trainer has done so far, over all attempts."""
+
+    episodes: int = 0
+    seconds: float = 0.0
+    """Wall time of earlier attempts."""
+    failures: Counter[str] = field(default_factory=Counter)
+    mixed: bool = False
+
+
+class StopRequest:
+    """Set by a signal handler: the loop checkpoints and ends at the next opportunity."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a trainer works with."""
+
+    config: RunConfig
+    identity: RunIdentity
+    learner: Learner
+    pool: Pool
+    dispatcher: Dispatcher
+    recorder: Recorder
+    view: View
+    metrics: Metrics
+    stop: StopRequest
+    clock: Callable[[], float] = time.monotonic
+
+
+class Trainer:
+    """Trains one run from ``state`` to its last version.
+
+    Args:
+        resources: what it works with.
+        state: the version to start from.
+        aggregator: at that version.
+        recent: θ and learner state of the versions before, oldest first (asynchronous runs).
+        progress: of earlier attempts.
+        expected: run digests that versions must have, from the log of an earlier attempt of a synchronous run.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        state: MetaState,
+        aggregator: Aggregator,
+        recent: tuple[Published, ...] = (),
+        progress: Progress | None = None,
+        expected: Mapping[int, str] | None = None,
+    ) -> None:
+        self._r = resources
+        self.state = state
+        self._aggregator = aggregator
+        self.progress = progress or Progress()
+        self._expected = dict(expected or {})
+        config = resources.config
+        aggregation = config.aggregator
+        bound = aggregation.staleness_bound if isinstance(aggregation, AsyncAggregator) else 0
+        self._recent = deque(recent, maxlen=bound) if bound else deque[Published](maxlen=0)
+        self._optimizer = OuterOptimizer(config)
+        self._dropped: list[Dropped] = []
+        self._validations: dict[int, tuple[EvaluationCollector, Checkpoint]] = {}
+        self._orders: deque[tuple[EvaluationTask, Handle]] = deque()
+        self._last_validation: ValidationRecord | None = None
+        self._last: Update | None = None
+        self._started = resources.clock()
+        self._since_start = 0
+        self._fingerprint = resources.identity.fingerprint
+        self._handle = self._publish()
+
+    def run(self) -> MetaState:
+        """The main loop; returns the state at the last version, or where a stop request found it."""
+        total = self._r.config.steps
+        while (self.state.version < total or self._validations) and self._r.stop.signal is None:
+            self._top_up()
+            outcome = self._r.dispatcher.next(PATIENCE)
+            if outcome is not None:
+                self._take(outcome)
+            self._show()
+        self._r.dispatcher.forget()
+        self._save()
+        return self.state
+
+    def _top_up(self) -> None:
+        """Validations first, then shards, while the dispatcher has room and the aggregator wants some."""
+        dispatcher = self._r.dispatcher
+        while dispatcher.room > 0:
+            if self._orders:
+                dispatcher.submit(*self._orders.popleft())
+                continue
+            shard = self._aggregator.next_shard() if self.state.version < self._r.config.steps else None
+            if shard is None:
+                return
+            episodes = self._r.config.shard.episodes
+            dispatcher.submit(ShardTask(shard, shard * episodes, episodes, self.state.version), self._handle)
+
+    def _take(self, outcome: Outcome) -> None:
+        match outcome:
+            case Accepted():
+                self._contribution(outcome)
+            case Evaluated(part):
+                self._validated(part)
+            case Failure(kind, message):
+                self.progress.failures[kind] += 1
+                self._r.metrics.failure(kind)
+                self._r.view.message(message)
+            case Joined(hello):
+                self._welcome(hello)
+
+    def _contribution(self, accepted: Accepted) -> None:
+        contribution, version = accepted.contribution, self.state.version
+        if version >= self._r.config.steps:
+            return
+        self._check_digest(contribution)
+        result = self._aggregator.add(contribution, version, finite=accepted.finite)
+        staleness = version - contribution.base_version
+        counts = accepted.finite and not isinstance(result, Dropped)
+        self._r.metrics.contribution(contribution, staleness, accepted.seconds, 1.0 if counts else 0.0)
+        if isinstance(result, Dropped):
+            self._dropped.append(result)
+            self.progress.failures["stale"] += 1
+            self._r.metrics.failure("stale")
+        elif result is not None:
+            self._commit(result)
+
+    def _commit(self, update: Update) -> None:
+        """Make the next version: the log first, then everyone else."""
+        self._check_share(update)
+        config = self._r.config
+        if self._recent.maxlen:
+            self._recent.append(self.state.published)
+        state, norm = self.state.apply(update.gradient, update.proposals, self._r.learner, self._optimizer)
+        expected = self._expected.pop(state.version, None)
+        if expected is not None and expected != state.digest:
+            raise NumericsError(
+                f"version {state.version} has digest {state.digest[:16]}, the log of the earlier attempt says "
+                f"{expected[:16]}: this machine computes other bits than the one that wrote it"
+            )
+        self.state, self._last = state, update
+        self.progress.episodes += update.episodes
+        self._since_start += update.episodes
+        entry = Entry(state.version, tuple(update.counted), tuple(self._dropped), state.digest)
+        self._dropped.clear()
+        self._r.recorder.commit(entry, self._record(update, norm))
+        self._handle = self._publish()
+        self._r.metrics.commit(state.version, update.loss, update.metric, norm)
+        every = config.evaluation.every
+        if every and (state.version % every == 0 or state.version == config.steps):
+            self._validate()
+        if state.version % config.execution.checkpoint_every == 0 and state.version < config.steps:
+            self._save()
+
+    def _validate(self) -> None:
+        request = EvaluationRequest.of(self._r.config, "val", self._r.config.evaluation.val_episodes)
+        self._validations[self.state.version] = (EvaluationCollector(request), self._checkpoint())
+        self._orders.extend((order, self._handle) for order in request.orders(self.state.version))
+
+    def _validated(self, part: EvaluationPart) -> None:
+        version = part.version
+        collector, checkpoint = self._validations[version]
+        scores = collector.add(part)
+        if scores is None:
+            return
+        del self._validations[version]
+        self._last_validation = ValidationRecord(version, tuple(scores.steps), tuple(scores.ci95))
+        self._r.recorder.validation(self._last_validation, checkpoint)
+        self._r.metrics.validation(scores.steps[-1])
+
+    def _welcome(self, hello: WorkerHello) -> None:
+        """Check that a worker may take part.
+
+        Raises:
+            MetafleetError: it reads other data.
+            FingerprintError: it is other hardware, in a strict pool.
+        """
+        identity = self._r.identity
+        for what, here, there in (
+            ("store", identity.store_digest, hello.store_digest),
+            ("split", identity.split_digest, hello.split_digest),
+        ):
+            if here != there:
+                raise MetafleetError(
+                    f"worker {hello.worker} on {hello.node} has another {what} (digest {there[:12]}, the run's is "
+                    f"{here[:12]}): give every node the same file"
+                )
+        if hello.fingerprint == self._fingerprint:
+            return
+        if self._r.config.execution.pool == "strict":
+            raise FingerprintError(
+                f"worker {hello.worker} on {hello.node} computes on other hardware or software than the run "
+                f"({dict(hello.fingerprint_detail)} instead of {dict(identity.fingerprint_detail)}): equal bits cannot "
+                "be promised; use equal nodes, or --execution.pool mixed"
+            )
+        if not self.progress.mixed:
+            self.progress.mixed = True
+            self._r.view.message("workers of different hardware: the run is labelled mixed, equal bits are not promised")
+
+    def _check_digest(self, contribution: Contribution) -> None:
+        if contribution.content_digest() != contribution.digest:
+            raise NumericsError(
+                f"shard {contribution.shard} from worker {contribution.worker} was damaged on its way: its digest "
+                "does not match; check the node's memory and network"
+            )
+
+    def _check_share(self, update: Update) -> None:
+        bad = [c.shard for c in update.counted if c.weight == 0]
+        limit = self._r.config.nonfinite_share
+        if len(bad) > limit * len(update.counted):
+            raise NumericsError(
+                f"{len(bad)} of {len(update.counted)} shards of version {self.state.version} are not finite (shards "
+                f"{bad[:8]}), more than nonfinite_share = {limit:g}: lower the step sizes or set clip_norm"
+            )
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            state=self.state,
+            recent=tuple(self._recent),
+            pending=tuple(self._aggregator.pending()),
+            outstanding=tuple(self._aggregator.outstanding()),
+            next_id=self._aggregator.next_id,
+            config_digest=self._r.identity.config_digest,
+            episodes=self.progress.episodes,
+            seconds=self.seconds,
+        )
+
+    def _save(self) -> None:
+        self._r.metrics.checkpoint(self._r.recorder.checkpoint(self._checkpoint()))
+
+    def _publish(self) -> Handle:
+        published = self.state.published
+        self._r.metrics.published(published.theta.nbytes + sum(rows.nbytes for rows in published.state.values()))
+        return self._r.pool.publish(published)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run over all attempts."""
+        return self.progress.seconds + self._r.clock() - self._started
+
+    @property
+    def tasks_per_second(self) -> float:
+        """Episodes committed a second in this attempt."""
+        return self._since_start / max(1e-9, self._r.clock() - self._started)
+
+    def _record(self, update: Update, norm: float) -> CommitRecord:
+        return CommitRecord(
+            version=self.state.version,
+            loss=update.loss,
+            metric=update.metric,
+            gradient_norm=norm,
+            episodes=update.episodes,
+            seconds=self.seconds,
+            tasks_per_second=self.tasks_per_second,
+            staleness=update.staleness,
+            workers=self._r.dispatcher.workers,
+        )
+
+    def _show(self) -> None:
+        dispatcher, last = self._r.dispatcher, self._last
+        self._r.metrics.in_flight(dispatcher.in_flight)
+        self._r.metrics.workers(dispatcher.workers)
+        nan = float("nan")
+        self._r.view.update(
+            Snapshot(
+                version=self.state.version,
+                loss=last.loss if last else nan,
+                metric=last.metric if last else nan,
+                episodes=self._since_start,
+                workers=dispatcher.workers,
+                in_flight=dispatcher.in_flight,
+                failures=self.progress.failures.total(),
+                staleness=last.staleness if last and self._recent.maxlen else None,
+                validation=self._last_validation,
+            )
+        )

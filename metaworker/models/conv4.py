@@ -1,0 +1,98 @@
+"""Both Conv-4 backbones: four blocks of 3×3 convolution, batch-norm, ReLU, with strides or with max-pooling.
+
+``conv4_strided`` (MAML arXiv 1703.03400, Reptile): stride 2, then the mean over space and a linear head.
+``conv4_pool`` (Prototypical Networks arXiv 1703.05175, Matching Networks): 2×2 max-pool; flattened, with a linear head
+where the learner needs logits. Convolutions carry no bias: batch-norm's shift stands right behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cluster.flat import Tensors
+from metaworker.models.base import Initialiser, Statistics
+from metaworker.models.layers import batch_statistics, conv3x3, normalise
+
+BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Conv4:
+    """A Conv-4 for ``sample_shape`` = (channel, height, width).
+
+    Attributes:
+        outputs: width of the linear head, or ``None`` for the embedding itself.
+        strided: stride 2 and mean over space, instead of max-pooling and flattening.
+    """
+
+    sample_shape: tuple[int, int, int]
+    channels: int
+    strided: bool
+    outputs: int | None
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of what the head sees."""
+        if self.strided:
+            return self.channels
+        _, height, width = self.sample_shape
+        for _ in range(BLOCKS):
+            if min(height, width) > 1:
+                height, width = height // 2, width // 2
+        return self.channels * height * width
+
+    @property
+    def output_size(self) -> int:
+        """Logits, or the embedding's width without a head."""
+        return self.embedding_size if self.outputs is None else self.outputs
+
+    def parameters(self, normal: Initialiser) -> Tensors:
+        """Glorot-uniform-sized normal convolutions (variance 2 / (fan in + fan out)), scale 1, shift 0, and the head."""
+        result: Tensors = {}
+        inputs = self.sample_shape[0]
+        for block in range(BLOCKS):
+            deviation = math.sqrt(2 / (9 * (inputs + self.channels)))
+            result[f"conv.{block}"] = normal(f"conv.{block}", (self.channels, inputs, 3, 3)) * deviation
+            result[f"scale.{block}"] = torch.ones(self.channels)
+            result[f"shift.{block}"] = torch.zeros(self.channels)
+            inputs = self.channels
+        if self.outputs is not None:
+            deviation = math.sqrt(2 / (self.embedding_size + self.outputs))
+            result["head.weight"] = normal("head.weight", (self.outputs, self.embedding_size)) * deviation
+            result["head.bias"] = torch.zeros(self.outputs)
+        return result
+
+    def statistics(self) -> Statistics:
+        """Running statistics before training: mean 0, variance 1."""
+        means = {f"mean.{block}": torch.zeros(self.channels) for block in range(BLOCKS)}
+        return means | {f"variance.{block}": torch.ones(self.channels) for block in range(BLOCKS)}
+
+    def __call__(
+        self,
+        parameters: Mapping[str, Tensor],
+        x: Float[Tensor, "sample channel height width"],
+        statistics: Mapping[str, Tensor] | None,
+    ) -> tuple[Float[Tensor, "sample output"], Statistics]:
+        """Logits (or embeddings) and the batch statistics that normalised them."""
+        used: Statistics = {}
+        for block in range(BLOCKS):
+            x = conv3x3(x, parameters[f"conv.{block}"], stride=2 if self.strided else 1)
+            if statistics is None:
+                mean, variance = batch_statistics(x)
+            else:
+                mean, variance = statistics[f"mean.{block}"], statistics[f"variance.{block}"]
+            used[f"mean.{block}"], used[f"variance.{block}"] = mean, variance
+            x = torch.relu(normalise(x, mean, variance, parameters[f"scale.{block}"], parameters[f"shift.{block}"]))
+            if not self.strided and min(x.shape[-2:]) > 1:
+                x = F.max_pool2d(x, 2)
+        x = x.mean((2, 3)) if self.strided else x.flatten(1)
+        if self.outputs is not None:
+            x = x @ parameters["head.weight"].T + parameters["head.bias"]
+        return x, used

@@ -1,0 +1,218 @@
+"""The metrics as a Prometheus server sees them: over real HTTP, through the reference parser."""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
+
+import numpy as np
+import prometheus_client
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.errors import PortError
+from cluster.messages import Contribution, ShardStatistics
+from cluster.metrics import LATENCY_BUCKETS, Metrics, RunInfo
+
+INFO = RunInfo("glyphs-maml", "maml", "sync", 7, "ab" * 32)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def contribution(worker: int = 0, episodes: int = 8, peak: int = 1000) -> Contribution:
+    statistics = ShardStatistics(
+        loss=0.5, metric=0.9, sample_seconds=0.25, adapt_seconds=2.0, idle_seconds=0.125, peak_bytes=peak
+    )
+    return Contribution(
+        shard=3,
+        base_version=2,
+        attempt=0,
+        worker=worker,
+        gradient=np.zeros(10, dtype=np.float32),
+        episodes=episodes,
+        proposals={"memory": np.zeros((episodes, 3), dtype=np.float32)},
+        statistics=statistics,
+        fingerprint="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def metrics_and_address() -> Iterator[tuple[Metrics, str]]:
+    """One served run with known events, shared because stopping a server takes half a second."""
+    metrics = Metrics(INFO, version=40, clock=Clock())
+    with closing(metrics):
+        host, port = metrics.serve("127.0.0.1", 0)
+        yield metrics, f"{host}:{port}"
+
+
+def scrape(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """All samples at ``address``, by name and sorted labels."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    families = text_string_to_metric_families(text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"metafleet_{name}", labels)
+
+
+def test_a_scrape_shows_what_happened(metrics_and_address: tuple[Metrics, str]) -> None:
+    metrics, address = metrics_and_address
+    metrics.contribution(contribution(worker=1), staleness=3, seconds=0.3, weight=0.5)
+    metrics.contribution(contribution(worker=1, peak=2000), staleness=0, seconds=1.5, weight=1.0)
+    metrics.commit(41, loss=0.7, metric=0.8, gradient_norm=2.5)
+    metrics.validation(0.75)
+    metrics.in_flight(6)
+    metrics.workers(3)
+    metrics.failure("worker_lost")
+    metrics.checkpoint(12345)
+    metrics.published(400)
+    seen = scrape(address)
+    plain = {name: number for (name, labels), number in seen.items() if not labels}
+    assert {name: plain[f"metafleet_{name}"] for name in (
+        "episodes_total", "shards_total", "shard_weight_total", "commits_total", "version", "loss", "accuracy_ratio",
+        "gradient_norm", "validation_accuracy_ratio", "in_flight_shards", "workers_alive", "checkpoint_bytes",
+        "published_bytes_total", "received_bytes_total", "staleness_versions_sum", "staleness_versions_count",
+        "shard_latency_seconds_sum",
+    )} == {
+        "episodes_total": 16, "shards_total": 2, "shard_weight_total": 1.5, "commits_total": 1, "version": 41,
+        "loss": 0.7, "accuracy_ratio": 0.8, "gradient_norm": 2.5, "validation_accuracy_ratio": 0.75,
+        "in_flight_shards": 6, "workers_alive": 3, "checkpoint_bytes": 12345, "published_bytes_total": 400,
+        "received_bytes_total": 2 * (40 + 96), "staleness_versions_sum": 3, "staleness_versions_count": 2,
+        "shard_latency_seconds_sum": 1.8,
+    }  # fmt: skip
+    worker = (("worker", "1"),)
+    assert seen["metafleet_worker_shards_total", worker] == 2
+    assert seen["metafleet_worker_adapt_seconds_total", worker] == 4.0
+    assert seen["metafleet_worker_sample_seconds_total", worker] == 0.5
+    assert seen["metafleet_worker_idle_seconds_total", worker] == 0.25
+    assert seen["metafleet_worker_resident_memory_max_bytes", worker] == 2000
+    assert seen["metafleet_staleness_versions_bucket", (("le", "2.0"),)] == 1
+    assert seen["metafleet_staleness_versions_bucket", (("le", "4.0"),)] == 2
+    assert seen["metafleet_shard_latency_seconds_bucket", (("le", "0.2"),)] == 0
+    assert seen["metafleet_shard_latency_seconds_bucket", (("le", "0.5"),)] == 1
+    assert seen["metafleet_failures_total", (("kind", "worker_lost"),)] == 1
+    (info,) = [dict(labels) for name, labels in seen if name == "metafleet_run_info"]
+    assert info == {
+        "recipe": "glyphs-maml", "learner": "maml", "aggregator": "sync", "seed": "7", "config_digest": "ab" * 32,
+    }  # fmt: skip
+
+
+def test_names_follow_the_conventions_and_nothing_is_in_the_global_registry() -> None:
+    metrics = Metrics(INFO)
+    metrics.contribution(contribution(), staleness=0, seconds=1.0, weight=1.0)
+    for family in metrics.registry.collect():
+        assert family.name.startswith("metafleet_")
+        assert family.documentation.endswith(".")
+        if family.type == "counter":
+            assert all(s.name.endswith(("_total", "_created")) for s in family.samples)
+    assert not [f.name for f in prometheus_client.REGISTRY.collect() if f.name.startswith("metafleet_")]
+    Metrics(INFO)  # a second run in one process does not collide with the first
+
+
+def test_what_is_not_applied_counts_for_the_worker_but_not_for_the_run() -> None:
+    metrics = Metrics(INFO)
+    metrics.contribution(contribution(), staleness=9, seconds=1.0, weight=0.0)
+    assert value(metrics, "episodes_total") == value(metrics, "shards_total") == 0
+    assert value(metrics, "staleness_versions_count") == 0
+    assert value(metrics, "worker_shards_total", worker="0") == 1
+    assert value(metrics, "received_bytes_total") == 136
+    assert value(metrics, "shard_latency_seconds_count") == 1
+
+
+def test_labels_are_bounded() -> None:
+    metrics = Metrics(INFO)
+    for slot in (0, 255, 256, 257, 9999):
+        metrics.contribution(contribution(worker=slot), staleness=0, seconds=0.1, weight=1.0)
+    seen = {
+        sample.labels["worker"]: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "metafleet_worker_shards_total"
+    }
+    assert seen == {"0": 1, "255": 1, "256+": 3}
+    kinds = ("worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch")
+    assert [value(metrics, "failures_total", kind=kind) for kind in kinds] == [0, 0, 0, 0, 0]
+    with pytest.raises(KeyError):
+        metrics.failure("another")  # type: ignore[arg-type]
+
+
+def test_latency_buckets_ascend_from_a_millisecond_to_minutes() -> None:
+    assert LATENCY_BUCKETS[0] == pytest.approx(0.001)
+    assert LATENCY_BUCKETS[-1] == pytest.approx(500)
+    assert all(1.99 < high / low < 2.51 for low, high in pairwise(LATENCY_BUCKETS))
+
+
+def test_checkpoint_age_counts_from_the_last_checkpoint_or_the_start() -> None:
+    clock = Clock()
+    metrics = Metrics(INFO, clock=clock)
+    clock.now += 30
+    assert value(metrics, "checkpoint_age_seconds") == 30
+    metrics.checkpoint(1)
+    clock.now += 4.5
+    assert value(metrics, "checkpoint_age_seconds") == 4.5
+
+
+def test_what_does_not_exist_yet_is_nan_and_the_version_is_the_resumed_one() -> None:
+    metrics = Metrics(INFO, version=40)
+    assert value(metrics, "version") == 40
+    for name in ("loss", "accuracy_ratio", "gradient_norm", "validation_accuracy_ratio", "checkpoint_bytes"):
+        assert math.isnan(value(metrics, name))  # type: ignore[arg-type]
+
+
+def test_regression_reports_mse_and_no_accuracy() -> None:
+    metrics = Metrics(INFO, regression=True)
+    metrics.commit(1, loss=3.0, metric=3.5, gradient_norm=1.0)
+    metrics.validation(2.5)
+    assert value(metrics, "mse") == 3.5
+    assert value(metrics, "validation_mse") == 2.5
+    assert value(metrics, "accuracy_ratio") is None
+
+
+def test_a_taken_port_is_one_line_with_the_port_and_what_to_change(metrics_and_address: tuple[Metrics, str]) -> None:
+    port = int(metrics_and_address[1].split(":")[1])
+    with pytest.raises(PortError) as caught:
+        Metrics(INFO).serve("127.0.0.1", port)
+    message = str(caught.value)
+    assert f"port {port} on 127.0.0.1 is taken" in message
+    assert "--execution.metrics_port" in message
+    assert "\n" not in message
+
+
+def test_a_foreign_host_says_which_setting_to_change() -> None:
+    with pytest.raises(PortError, match="metrics_host"):
+        Metrics(INFO).serve("203.0.113.1", 0)  # a documentation address, never one of this machine
+
+
+def test_only_the_given_host_is_bound(metrics_and_address: tuple[Metrics, str]) -> None:
+    host, port = metrics_and_address[1].split(":")
+    assert host == "127.0.0.1"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", int(port)), timeout=10)
+
+
+def test_close_frees_the_port_and_ends_the_thread() -> None:
+    before = threading.active_count()
+    metrics = Metrics(INFO)
+    host, port = metrics.serve("127.0.0.1", 0)
+    assert metrics._server is not None
+    server, thread = metrics._server
+    metrics.close()
+    metrics.close()
+    assert not thread.is_alive()
+    assert server.socket.fileno() == -1
+    assert threading.active_count() == before
+    with socket.create_server((host, port)):
+        pass
