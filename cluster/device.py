@@ -29,7 +29,6 @@ def prepare(device: str, threads: int) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -66,7 +65,7 @@ def fingerprint_detail(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         detail["gpu"] = torch.cuda.get_device_name(device)
-        detail["cuda"] = f"{torch.version.cuda} cudnn {torch.backends.cudnn.version()}"
+        detail["cuda"] = f"{torch.version.cuda} cudnn {torch.backends.cudnn.version()}"  # type: ignore[no-untyped-call]
     return detail
 
 

@@ -1,7 +1,7 @@
 """What crosses a process border: frozen types, with units and shapes.
 
-    coordinator -> metaworker: Published (θ and learner state of a version), ShardTask, EvaluationTask
-    metaworker -> coordinator: Contribution, EvaluationPart, WorkerHello
+coordinator -> metaworker: Published (θ and learner state of a version), ShardTask, EvaluationTask
+metaworker -> coordinator: Contribution, EvaluationPart, WorkerHello
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise ClusterError(_why_not(address, error)) from error
-        yield ray.available_resources()
+        yield ray.available_resources()  # type: ignore[no-untyped-call]
     finally:
         ray.shutdown()
         if folder is not None:

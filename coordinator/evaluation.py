@@ -10,6 +10,7 @@ from cluster.errors import MetafleetError
 from cluster.messages import BatchNorm, EvaluationPart, EvaluationTask, Published, SplitName
 from coordinator.dispatch import Dispatcher, Evaluated, Failure
 from coordinator.pool import Pool
+from metaworker.learners import default_batch_norm
 from metaworker.scores import EvaluationScores, combine
 
 PART = 10
@@ -43,12 +44,6 @@ class EvaluationRequest:
             yield EvaluationTask(
                 self.split, first, count, self.way, self.shot, self.query, self.batch_norm, version, part
             )
-
-
-def default_batch_norm(config: RunConfig) -> BatchNorm:
-    """The batch-norm mode that the run was configured with; ``transductive`` for nets without batch-norm."""
-    mode: BatchNorm = getattr(config.model, "batch_norm", "transductive")
-    return mode
 
 
 class EvaluationCollector:

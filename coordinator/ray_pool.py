@@ -58,11 +58,12 @@ class RayPool:
     Args:
         config: the run's configuration, sent to every worker.
         workers: how many slots.
+        actor: the class of the worker actors.
     """
 
-    def __init__(self, config: RunConfig, workers: int) -> None:
+    def __init__(self, config: RunConfig, workers: int, actor: type[WorkerActor] = WorkerActor) -> None:
         self._config = config
-        self._remote: Any = ray.remote(WorkerActor)
+        self._remote: Any = ray.remote(actor)
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, _Pending] = {}
         self._done: deque[Any] = deque()
@@ -136,8 +137,9 @@ class RayPool:
             cause = getattr(error, "cause", None)
             if order is None and isinstance(cause, MetafleetError):
                 raise cause from None
-            kind = "start_error" if order is None else "worker_lost"
-            return Failed(slot, order, kind, _first_line(error), str(error))
+            return Failed(
+                slot, order, "start_error" if order is None else "worker_lost", _first_line(error), str(error)
+            )
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             return Failed(slot, order, "shard_error", f"{type(cause).__name__}: {_first_line(cause)}", str(error))
@@ -160,6 +162,3 @@ def worker_environment(threads: int) -> dict[str, str]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
-
-
-__all__ = ["ClusterError", "RayPool", "affordable_workers", "worker_environment"]

@@ -1,4 +1,4 @@
-"""Recomputing a run from its commit log, in one process: the same contributions in the same order give the same digests.
+"""Recomputing a run from its commit log, in one process: the same contributions in the same order, the same bits.
 
 ``Replayer`` applies one log entry after another; a resume uses it for the tail that an asynchronous run had logged
 after its last checkpoint, ``metafleet replay`` for the whole run.
@@ -130,7 +130,9 @@ def replay_run(run: RunDirectory, until: int | None = None) -> tuple[Replayer, S
         )
     replayer = Replayer(config, worker, MetaState.initial(config, worker.learner))
     if replayer.state.digest != identity.initial_digest:
-        raise NumericsError(f"version 0 gives digest {replayer.state.digest[:16]}, the run says {identity.initial_digest[:16]}")
+        raise NumericsError(
+            f"version 0 gives digest {replayer.state.digest[:16]}, the run says {identity.initial_digest[:16]}"
+        )
     said = time.monotonic()
     for entry in entries:
         replayer.apply(entry)

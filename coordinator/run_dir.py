@@ -1,12 +1,12 @@
 """A run's directory: what lies where, who may write to it, and which attempt (epoch) each file is from.
 
-    config.toml               the resolved configuration
-    run.msgpack               identity: configuration, store and split digests, fingerprint, initial digest
-    lock                      held (flock) by the driver that is alive
-    epochs/0001 …             one empty file a driver, created exclusively: the highest epoch is the one that may write
-    log/0001.msgpack …        the commit log of each epoch
-    checkpoints/v00000200-e0001/   tensors.safetensors, manifest.msgpack
-    history.msgpack           metric history; learning_curve.png, adaptation_curve.png, metrics.prom beside it
+config.toml               the resolved configuration
+run.msgpack               identity: configuration, store and split digests, fingerprint, initial digest
+lock                      held (flock) by the driver that is alive
+epochs/0001 …             one empty file a driver, created exclusively: the highest epoch is the one that may write
+log/0001.msgpack …        the commit log of each epoch
+checkpoints/v00000200-e0001/   tensors.safetensors, manifest.msgpack
+history.msgpack           metric history; learning_curve.png, adaptation_curve.png, metrics.prom beside it
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from cluster.messages import Published
 from cluster.metrics import Metrics, RunInfo
 from cluster.ray_runtime import ray_cluster
 from coordinator import checkpoint as checkpoints
-from coordinator.aggregators import Aggregator, build_aggregator
+from coordinator.aggregators import build_aggregator
+from coordinator.aggregators.base import Aggregator
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry, read_log
 from coordinator.dispatch import Dispatcher, Failure, Joined
@@ -43,7 +44,7 @@ from coordinator.train import Progress, Resources, StopRequest, Trainer
 from coordinator.view import View, make_view, summary_line
 from metaworker.learners import build_learner
 from metaworker.learners.base import Learner
-from metaworker.scores import EvaluationScores
+from metaworker.scores import EvaluationScores, MetricName
 from metaworker.shard_worker import ShardWorker
 
 
@@ -106,11 +107,17 @@ def _train(
 ) -> dict[str, Any]:
     epoch = run.claim_epoch()
     recorder = Recorder(
-        run, epoch, start.state.version, start.state.digest, identity.config_digest, config.execution.keep, not config.regression
+        run,
+        epoch,
+        start.state.version,
+        start.state.digest,
+        identity.config_digest,
+        config.execution.keep,
+        not config.regression,
     )
     stop = StopRequest()
     resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics[0], stop)
-    metric = "mse" if config.regression else "accuracy"
+    metric: MetricName = "mse" if config.regression else "accuracy"
     with _signals(stop, view):
         view.start(config.steps, summary_line(config), metric=metric, version=start.state.version)
         try:
@@ -326,12 +333,16 @@ def describe_evaluation(
 def _plot(config: RunConfig, run: RunDirectory, evaluation: dict[str, Any] | None) -> None:
     from coordinator.plots import adaptation_curve, learning_curve
 
-    metric = "mse" if config.regression else "accuracy"
+    metric: MetricName = "mse" if config.regression else "accuracy"
     learning_curve(read_history(run.history), run.path / "learning_curve.png", title=config.name, metric=metric)
     if evaluation is not None:
         adaptation_curve(
-            evaluation["steps"], evaluation["steps_ci95"], run.path / "adaptation_curve.png", title=config.name,
-            metric=metric, chance=None if config.regression else 1 / evaluation["way"],
+            evaluation["steps"],
+            evaluation["steps_ci95"],
+            run.path / "adaptation_curve.png",
+            title=config.name,
+            metric=metric,
+            chance=None if config.regression else 1 / evaluation["way"],
         )
 
 

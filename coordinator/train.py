@@ -20,8 +20,7 @@ from cluster.config.sections import AsyncAggregator
 from cluster.errors import FingerprintError, MetafleetError, NumericsError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from cluster.metrics import Metrics
-from coordinator.aggregators import Aggregator
-from coordinator.aggregators.base import Dropped, Update
+from coordinator.aggregators.base import Aggregator, Dropped, Update
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
 from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome
@@ -236,7 +235,9 @@ class Trainer:
             )
         if not self.progress.mixed:
             self.progress.mixed = True
-            self._r.view.message("workers of different hardware: the run is labelled mixed, equal bits are not promised")
+            self._r.view.message(
+                "workers of different hardware: the run is labelled mixed, equal bits are not promised"
+            )
 
     def _check_digest(self, contribution: Contribution) -> None:
         if contribution.content_digest() != contribution.digest:

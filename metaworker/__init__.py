@@ -1,1 +1,1 @@
-"""TODO"""
+"""Learning: backbones, learners, the inner loop, and the worker around them. Knows ``cluster`` only."""

@@ -108,7 +108,9 @@ class ShardWorker:
         if published.version != self._version:
             flat = torch.from_numpy(published.theta.copy()).to(self.device)
             self._theta = self.layout.unflatten(flat)
-            self._state = {name: torch.from_numpy(rows.copy()).to(self.device) for name, rows in published.state.items()}
+            self._state = {
+                name: torch.from_numpy(rows.copy()).to(self.device) for name, rows in published.state.items()
+            }
             self._version = published.version
         return self._theta, self._state
 

@@ -1,4 +1,4 @@
-"""Episodes: the store and its ingest, class splits, the sampler, and the embedded sources; ``open_source`` joins them."""
+"""Episodes: store and ingest, class splits, sampler, and the embedded sources; ``open_source`` joins them."""
 
 from __future__ import annotations
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.messages import SplitName
+
+TENSORS: Final = ("support_x", "support_y", "query_x", "query_y")
+"""The tensor fields of ``Episodes``."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Episodes:
 
     def chunk(self, start: int, stop: int) -> Episodes:
         """Episodes ``start … stop − 1`` of these, as views."""
-        cut = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name not in ("way", "metadata")}
+        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in ("ids", *TENSORS)}
         return replace(self, **cut, metadata={name: rows[start:stop] for name, rows in self.metadata.items()})
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Episodes:
@@ -49,7 +52,7 @@ class Episodes:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-        moved = {f.name: move(getattr(self, f.name)) for f in fields(self) if f.type == "Tensor"}
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in TENSORS}
         return replace(self, **moved)
 
 

@@ -13,6 +13,11 @@ from metaworker.learners.reptile import Reptile
 from metaworker.models import build_backbone
 
 
+def default_batch_norm(config: RunConfig) -> BatchNorm:
+    """The batch-norm mode that the run was configured with; ``transductive`` for nets without batch-norm."""
+    return "transductive" if isinstance(config.model, sections.MLP) else config.model.batch_norm
+
+
 def build_learner(
     config: RunConfig, sample_shape: tuple[int, ...], way: int | None = None, batch_norm: BatchNorm | None = None
 ) -> Learner:
@@ -26,7 +31,7 @@ def build_learner(
         batch_norm: batch-norm mode of an evaluation, where it differs from training's.
     """
     way = config.episode.way if way is None else way
-    mode = batch_norm or getattr(config.model, "batch_norm", "transductive")
+    mode = batch_norm or default_batch_norm(config)
     objective = REGRESSION if config.regression else CLASSIFICATION
     outputs = 1 if config.regression else way
     match config.learner:
@@ -37,7 +42,15 @@ def build_learner(
             backbone = build_backbone(config.model, sample_shape, outputs)
             adam = c.inner_optimizer == "adam"
             return Reptile(
-                backbone, objective, mode, c.inner_lr, c.inner_steps, c.eval_steps, c.inner_batch, c.eval_inner_batch, adam
+                backbone,
+                objective,
+                mode,
+                c.inner_lr,
+                c.inner_steps,
+                c.eval_steps,
+                c.inner_batch,
+                c.eval_inner_batch,
+                adam,
             )
         case sections.ProtoNet():
             return ProtoNet(build_backbone(config.model, sample_shape, None), objective, mode, way)

@@ -21,7 +21,7 @@ MOMENTUM = 0.05
 
 
 def given_statistics(mode: BatchNorm, state: Mapping[str, Tensor], training: bool) -> Mapping[str, Tensor] | None:
-    """Statistics to normalise the support set with: running averages where the mode says so, else its own (``None``)."""
+    """Statistics to normalise the support set with: running averages where the mode says so, else its own (None)."""
     return state if mode == "running" and not training and state else None
 
 

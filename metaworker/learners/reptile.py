@@ -106,9 +106,7 @@ class Reptile:
         """Update the running batch statistics."""
         return commit_running_statistics(state, proposals)
 
-    def _episode(
-        self, theta: Mapping[str, Tensor], x: Tensor, y: Tensor
-    ) -> tuple[Tensors, Tensor, Tensor, Tensors]:
+    def _episode(self, theta: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensors, Tensor, Tensor, Tensors]:
         """θ − φ of one task, and φ's loss and metric on all of the task's samples."""
         losses = self._losses(x, y, None, self.inner_steps, self.inner_batch)
         adapted = minibatch_descent(losses, theta, self.inner_lr, self.adam)[-1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.flat import Tensors
 from metaworker.models.base import Initialiser, Statistics
-from metaworker.models.layers import batch_statistics, conv3x3, normalise
+from metaworker.models.layers import batch_norm, conv3x3, fused_batch_norm
 
 BLOCKS = 4
 
@@ -30,12 +30,14 @@ class Conv4:
     Attributes:
         outputs: width of the linear head, or ``None`` for the embedding itself.
         strided: stride 2 and mean over space, instead of max-pooling and flattening.
+        fused: PyTorch's batch-norm kernel; only outside ``vmap``, and where no gradient flows through the statistics.
     """
 
     sample_shape: tuple[int, int, int]
     channels: int
     strided: bool
     outputs: int | None
+    fused: bool = False
 
     @property
     def embedding_size(self) -> int:
@@ -54,7 +56,7 @@ class Conv4:
         return self.embedding_size if self.outputs is None else self.outputs
 
     def parameters(self, normal: Initialiser) -> Tensors:
-        """Glorot-uniform-sized normal convolutions (variance 2 / (fan in + fan out)), scale 1, shift 0, and the head."""
+        """Normal weights of Glorot's variance 2 / (fan in + fan out), scales 1, shifts and bias 0."""
         result: Tensors = {}
         inputs = self.sample_shape[0]
         for block in range(BLOCKS):
@@ -84,12 +86,14 @@ class Conv4:
         used: Statistics = {}
         for block in range(BLOCKS):
             x = conv3x3(x, parameters[f"conv.{block}"], stride=2 if self.strided else 1)
-            if statistics is None:
-                mean, variance = batch_statistics(x)
+            scale, shift = parameters[f"scale.{block}"], parameters[f"shift.{block}"]
+            if self.fused and statistics is None:
+                x, mean, variance = fused_batch_norm(x, scale, shift)
             else:
-                mean, variance = statistics[f"mean.{block}"], statistics[f"variance.{block}"]
+                given = None if statistics is None else (statistics[f"mean.{block}"], statistics[f"variance.{block}"])
+                x, mean, variance = batch_norm(x, scale, shift, given)
             used[f"mean.{block}"], used[f"variance.{block}"] = mean, variance
-            x = torch.relu(normalise(x, mean, variance, parameters[f"scale.{block}"], parameters[f"shift.{block}"]))
+            x = torch.relu(x)
             if not self.strided and min(x.shape[-2:]) > 1:
                 x = F.max_pool2d(x, 2)
         x = x.mean((2, 3)) if self.strided else x.flatten(1)

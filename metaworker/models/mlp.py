@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class MLP:
         """He-initialised weights (variance 2 / fan in; 1 / fan in for the last layer) and zero biases."""
         widths = (self.inputs, *self.hidden, self.outputs)
         result: Tensors = {}
-        for layer, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             gain = 2.0 if layer < len(self.hidden) else 1.0
             result[f"weight.{layer}"] = normal(f"weight.{layer}", (fan_out, fan_in)) * math.sqrt(gain / fan_in)
             result[f"bias.{layer}"] = torch.zeros(fan_out)

@@ -35,7 +35,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
         calls.append((config, resume))
         return {"digest": "d", "as_json": as_json}
 
-    stand_in(monkeypatch, "coordinator.train", train_command)
+    stand_in(monkeypatch, "coordinator.session", train_command)
     return calls
 
 
@@ -386,8 +386,8 @@ def train_command(config, *, resume, as_json):
     subprocess.run([sys.executable, "-c", "print('noise of a child')"], check=True)
     return {"accuracy": float("nan"), "steps": (0.5, float("inf")), "config": {"seed": config.seed}}
 
-sys.modules["coordinator.train"] = types.ModuleType("coordinator.train")
-sys.modules["coordinator.train"].train_command = train_command
+sys.modules["coordinator.session"] = types.ModuleType("coordinator.session")
+sys.modules["coordinator.session"].train_command = train_command
 code = main(sys.argv[1:])
 sys.exit(code)
 """
@@ -413,7 +413,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> dict[str, Any]:
         raise error
 
-    stand_in(monkeypatch, "coordinator.train", train_command)
+    stand_in(monkeypatch, "coordinator.session", train_command)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

@@ -1,0 +1,139 @@
+"""``metafleet evaluate``: a run's checkpoint on fixed episodes of its own data or of another store, over the workers."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from cluster.config.loading import load_resolved
+from cluster.config.run import RunConfig
+from cluster.config.sections import FractionSplit, StoreData
+from cluster.device import prepare
+from cluster.episodes import open_source
+from cluster.errors import CheckpointError, ConfigError
+from cluster.messages import BatchNorm, SplitName
+from cluster.ray_runtime import ray_cluster
+from coordinator import checkpoint as checkpoints
+from coordinator.dispatch import Dispatcher
+from coordinator.evaluation import EvaluationRequest, evaluate_now
+from coordinator.meta_state import MetaState
+from coordinator.replay import check_source
+from coordinator.report import evaluation_table
+from coordinator.run_dir import RunDirectory
+from coordinator.session import describe_evaluation
+from metaworker.learners import build_learner, default_batch_norm
+
+
+def evaluate_command(
+    run: Path,
+    *,
+    store: Path | None,
+    split: SplitName,
+    way: int | None,
+    shot: int | None,
+    query: int | None,
+    episodes: int | None,
+    batch_norm: BatchNorm | None,
+    checkpoint: Literal["best", "last"],
+    address: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that does not fit the data.
+        ConfigError: a learner whose head has another number of classes, or options that regression does not have.
+        SplitError: the data cannot give such episodes.
+    """
+    directory = RunDirectory.open(run)
+    config = _execution(_data(load_resolved(directory.config), store, split), address, workers)
+    request = _request(config, split, way, shot, query, episodes, batch_norm)
+    prepare("cpu", threads=1)
+    source = open_source(config)
+    if store is None:
+        check_source(directory.identity(), source.digest, source.split_digest)
+    source.check(split, request.way, request.shot, request.query)
+    learner = build_learner(config, source.sample_shape)
+    path = _choose(directory, checkpoint)
+    state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
+    with ExitStack() as stack:
+        free = stack.enter_context(ray_cluster(config.execution.address))
+        from coordinator.ray_pool import RayPool, affordable_workers
+
+        pool = RayPool(config, affordable_workers(config, free))
+        stack.callback(pool.close)
+        dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+        scores = evaluate_now(dispatcher, pool, state.published, request)
+    chosen = "best" if path == checkpoints.best_of(directory.checkpoints) and checkpoint == "best" else "last"
+    report = describe_evaluation(scores, request, chosen, state.version)
+    report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}
+    if not as_json:
+        Console().print(evaluation_table(report))
+    return report
+
+
+def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> Path:
+    """The checkpoint that is wanted; the last one where no validation has named a best."""
+    found = checkpoints.list_checkpoints(run.checkpoints)
+    if not found:
+        raise CheckpointError(
+            f"{run.path} has no checkpoint yet: let it train on by `metafleet train --resume {run.path}`"
+        )
+    best = checkpoints.best_of(run.checkpoints)
+    if wanted == "best" and best is None:
+        print("no validation has named a best checkpoint: evaluating the last one", file=sys.stderr)
+    return best if wanted == "best" and best is not None else found[-1]
+
+
+def _data(config: RunConfig, store: Path | None, split: SplitName) -> RunConfig:
+    """The configuration with another store in the place of the run's data."""
+    if store is None:
+        return config
+    if config.regression:
+        raise ConfigError(f"--store {store}: recipe {config.name!r} is regression on its own source; leave --store out")
+    execution = config.execution.model_copy(update={"store": str(store)})
+    data = config.data
+    if split == "all" or not isinstance(data, StoreData):
+        if split != "all":
+            raise ConfigError(
+                f"--split {split} is not defined on another store for data.type {data.type}: use --split all"
+            )
+        data = StoreData(split=FractionSplit(val=0.0, test=0.0))
+    return config.model_copy(update={"data": data, "execution": execution})
+
+
+def _execution(config: RunConfig, address: str | None, workers: int | None) -> RunConfig:
+    """Evaluation may run elsewhere than training did: only what is said now counts."""
+    update = {"address": address or "local", "workers": workers}
+    return config.model_copy(update={"execution": config.execution.model_copy(update=update)})
+
+
+def _request(
+    config: RunConfig,
+    split: SplitName,
+    way: int | None,
+    shot: int | None,
+    query: int | None,
+    episodes: int | None,
+    batch_norm: BatchNorm | None,
+) -> EvaluationRequest:
+    shape = config.evaluation_shape
+    way = way or shape.way
+    if config.learner.type != "protonet" and way != config.episode.way:
+        raise ConfigError(
+            f"--way must be {config.episode.way} for learner {config.learner.type}, whose head has one output a class, "
+            f"got {way}"
+        )
+    return EvaluationRequest(
+        split=split,
+        way=way,
+        shot=shot or shape.shot,
+        query=query or shape.query,
+        episodes=episodes or config.evaluation.episodes,
+        batch_norm=batch_norm or default_batch_norm(config),
+    )
