@@ -35,13 +35,34 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     fsync_directory(target.parent)
 
 
+def write_bytes_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """``write_atomically`` of bytes at hand."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, write)
+
+
 def fsync_directory(path: str | os.PathLike[str]) -> None:
     """Force the names in the folder ``path`` to the disk: a renamed file is durable only after this.
 
     Raises:
         OSError: ``path`` is no folder, or the device reports an error.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    _fsync(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def fsync_file(path: str | os.PathLike[str]) -> None:
+    """Force the content of the file ``path`` to the disk, whoever wrote it.
+
+    Raises:
+        OSError: there is no such file, or the device reports an error.
+    """
+    _fsync(os.open(path, os.O_RDONLY))
+
+
+def _fsync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     finally:

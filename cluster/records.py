@@ -11,6 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,35 +24,55 @@ FRAME: Final = struct.Struct(">2sIcI")
 
 PAIR, BIN32 = b"\x92\xce", b"\xc6"
 LARGEST: Final = 1 << 30
-"""Bytes of the largest record."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What errors call a file of records, and what it may hold."""
+
+    name: str = "record file"
+    advice: str = "restore it from a backup"
+    """What to do when it is damaged."""
+    largest: int = LARGEST
+    """Every record's body is smaller, bytes."""
+
+
+ANY_KIND: Final = FileKind()
 
 
 class RecordWriter:
-    """Appends records to a file, made with ``header`` if absent; they reach the file in whole, at the latest at ``flush``.
+    """Appends records to a file, made with ``header`` if absent; they reach it in whole, at the latest at ``flush``.
 
     Args:
         path: the file.
-        header: its first record, which must match where the file exists.
+        header: its first record, a list, which must match where the file exists.
         buffer: bytes gathered before they are written; 0 writes every record at once.
+        kind: for errors.
 
     Raises:
-        CheckpointError: the file is damaged elsewhere than at its end, or has another header.
+        CheckpointError: the file is damaged elsewhere than at its end, or has another header; or, here and in every
+            method, the disk is full, read-only or gone.
     """
 
-    def __init__(self, path: Path, header: Any, buffer: int = 0) -> None:
-        whole = scan(path, header)[1] if path.exists() else 0
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(whole)
+    def __init__(self, path: Path, header: list[Any], buffer: int = 0, kind: FileKind = ANY_KIND) -> None:
+        whole = scan(path, header, kind)[1] if path.exists() else 0
+        self._path = path
+        self._kind = kind
         self._limit = buffer
         self._buffer = bytearray()
+        try:
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(whole)
+        except OSError as error:
+            raise self._unwritable(error) from error
         if whole == 0:
             self.append(header)
 
     def append(self, record: Any) -> None:
         """Add one record of plain data."""
         body: bytes = msgpack.packb(record)
-        if len(body) >= LARGEST:
-            raise ValueError(f"a record holds less than {LARGEST} bytes, got {len(body)}")
+        if len(body) >= self._kind.largest:
+            raise ValueError(f"a {self._kind.name} record holds less than {self._kind.largest} bytes, got {len(body)}")
         self._buffer += FRAME.pack(PAIR, zlib.crc32(body), BIN32, len(body)) + body
         if len(self._buffer) >= self._limit:
             self.flush()
@@ -60,29 +81,41 @@ class RecordWriter:
         """Hand everything recorded so far to the operating system."""
         # Whole records in single writes to a file opened for appending: should a stale writer be left, its records may
         # interleave with ours, but never tear them.
-        view = memoryview(self._buffer)
-        while view:
-            view = view[self._file.write(view) :]
-        self._buffer = bytearray()
+        try:
+            while self._buffer:
+                # What is written leaves the buffer at once: a flush after a failed one goes on in the middle of the
+                # record instead of starting it anew behind its own torn half.
+                del self._buffer[: self._file.write(self._buffer)]
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def sync(self) -> None:
         """Flush, and force the file to the disk."""
         self.flush()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Flush and close; does nothing the second time."""
         if not self._file.closed:
-            self.flush()
-            self._file.close()
+            try:
+                self.flush()
+            finally:
+                self._file.close()
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot write {self._path}: {error.strerror}; its records so far are whole")
 
 
-def scan(path: Path, header: Any = None) -> tuple[list[Any], int]:
+def scan(path: Path, header: list[Any] | None = None, kind: FileKind = ANY_KIND) -> tuple[list[Any], int]:
     """The records of ``path`` without a torn tail, its header first, and how many bytes of it are whole.
 
     Args:
         path: the file.
-        header: what the first record must be, or begin with if it is a list; ``None`` for anything.
+        header: what the first record, a list, must begin with; ``None`` for anything.
+        kind: for errors.
 
     Raises:
         CheckpointError: damaged elsewhere than at its end, or another header.
@@ -92,16 +125,18 @@ def scan(path: Path, header: Any = None) -> tuple[list[Any], int]:
     for record, end in _frames(data):  # noqa: B007 - the last end is what counts
         records.append(record)
     if _resumes_after(data, end):
-        raise CheckpointError(f"{path} is damaged at byte {end} of {len(data)}: restore it from a backup")
-    if data and not records and PAIR[: len(data)] != data[:2]:
-        raise CheckpointError(f"{path} is no record file: it starts with {data[:16]!r}")
+        raise CheckpointError(f"{path} is damaged at byte {end} of {len(data)}: {kind.advice}")
+    if not records and not _torn(data):
+        raise CheckpointError(f"{path} is no {kind.name}: it starts with {data[:16]!r}")
     if records and header is not None and not _matches(records[0], header):
-        raise CheckpointError(f"{path} is no {header[0]} file: its first record is {str(records[0])[:80]}")
+        raise CheckpointError(
+            f"{path} is no {kind.name} of this version: its first record is {str(records[0])[:80]}, expected {header}"
+        )
     return records, end
 
 
-def _matches(record: Any, header: Any) -> bool:
-    return isinstance(record, list) and record[: len(header)] == list(header)
+def _matches(record: Any, header: list[Any]) -> bool:
+    return isinstance(record, list) and record[: len(header)] == header
 
 
 def _frames(data: bytes, start: int = 0) -> Iterator[tuple[Any, int]]:
@@ -112,7 +147,11 @@ def _frames(data: bytes, start: int = 0) -> Iterator[tuple[Any, int]]:
         if pair != PAIR or kind != BIN32 or len(body) < length or zlib.crc32(body) != crc:
             return
         start += FRAME.size + length
-        yield msgpack.unpackb(body, strict_map_key=False), start
+        try:
+            record = msgpack.unpackb(body, strict_map_key=False)
+        except (ValueError, TypeError, msgpack.UnpackException):
+            return  # foreign bytes with a CRC that fits (nothing has the CRC 0), no record of ours
+        yield record, start
 
 
 def _resumes_after(data: bytes, end: int) -> bool:
@@ -123,3 +162,11 @@ def _resumes_after(data: bytes, end: int) -> bool:
             return True
         at = data.find(PAIR, at + 1)
     return False
+
+
+def _torn(data: bytes) -> bool:
+    """Whether ``data``, which holds no whole record, can be the beginning of one."""
+    if len(data) < FRAME.size:
+        return data[:2] == PAIR[: len(data)] and data[6:7] in (b"", BIN32)
+    pair, _, kind, length = FRAME.unpack_from(data)
+    return bool(pair == PAIR and kind == BIN32 and len(data) < FRAME.size + length)

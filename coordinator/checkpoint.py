@@ -22,7 +22,7 @@ import torch
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from cluster.durable import fsync_directory, write_atomically
+from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import CheckpointError
 from cluster.flat import FlatSpec
 from cluster.messages import Contribution, Published, ShardStatistics
@@ -31,6 +31,7 @@ from coordinator.meta_state import MetaState
 FORMAT = ["metafleet-checkpoint", 1]
 NAME = re.compile(r"v(\d{8,})-e(\d{4,})")
 TENSORS, MANIFEST, BEST = "tensors.safetensors", "manifest.msgpack", "best"
+PARTIALS = ".*.partial"
 LARGEST_MANIFEST = 1 << 28
 
 
@@ -72,25 +73,23 @@ def version_of(path: Path) -> tuple[int, int]:
 
 
 def save(folder: Path, checkpoint: Checkpoint, epoch: int) -> tuple[Path, int]:
-    """Write a checkpoint into ``folder``; returns its path and bytes.
+    """Write a checkpoint into ``folder``; returns its path and bytes. One that this epoch has written stays as it is.
 
     Raises:
         CheckpointError: the disk is full, read-only or gone; earlier checkpoints are untouched.
     """
     target = folder / name_of(checkpoint.state.version, epoch)
-    partial = folder / f".{target.name}.{os.getpid()}.partial"
+    if target.exists():
+        return target, sum(file.stat().st_size for file in target.iterdir())
+    tensors = save_arrays(_arrays(checkpoint))
+    manifest: bytes = msgpack.packb(_manifest(checkpoint, epoch, tensors))
+    partial = _partial(target)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        tensors = save_arrays(_arrays(checkpoint))
-        manifest = msgpack.packb(_manifest(checkpoint, epoch, tensors))
-        write_atomically(partial / TENSORS, lambda file: file.write(tensors) and None)
-        write_atomically(partial / MANIFEST, lambda file: file.write(manifest) and None)
-        if target.exists():
-            shutil.rmtree(partial)
-        else:
-            os.rename(partial, target)
-            fsync_directory(folder)
+        write_bytes_atomically(partial / TENSORS, tensors)
+        write_bytes_atomically(partial / MANIFEST, manifest)
+        os.rename(partial, target)
+        fsync_directory(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -113,10 +112,12 @@ def load(path: Path, layout: FlatSpec, config_digest: str | None = None) -> Chec
     manifest, arrays = _read(path)
     if config_digest is not None and manifest["config_digest"] != config_digest:
         raise CheckpointError(f"checkpoint {path} is of another configuration: use the run that wrote it")
-    if arrays["theta"].shape != (layout.size,) or manifest["names"] != list(layout.names):
+    shapes = [list(shape) for shape in layout.shapes]
+    if (manifest["names"], manifest["shapes"]) != (list(layout.names), shapes):
         raise CheckpointError(
-            f"checkpoint {path} has {arrays['theta'].size} parameters of {len(manifest['names'])} tensors, the "
-            f"configuration and store need {layout.size} of {len(layout.names)}: model, way or sample shape differ"
+            f"checkpoint {path} has {arrays['theta'].size} parameters in {len(manifest['names'])} tensors, the "
+            f"configuration and store need {layout.size} in {len(layout.names)}"
+            f"{_first_difference(manifest, layout)}: model, way or sample shape differ"
         )
     checkpoint = _assemble(manifest, arrays, layout)
     if checkpoint.state.digest != manifest["run_digest"]:
@@ -140,23 +141,50 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints and the best."""
+    """Remove all but the last ``keep`` checkpoints and the best.
+
+    Raises:
+        CheckpointError: the disk is read-only or gone.
+    """
     best = best_of(folder)
     for path in list_checkpoints(folder)[:-keep]:
         if best is None or path.name != best.name:
+            # Killed half-way, this must not leave half a checkpoint under a checkpoint's name.
+            partial = _partial(path)
+            try:
+                os.rename(path, partial)
+            except OSError as error:
+                raise CheckpointError(f"cannot remove the old checkpoint {path}: {error.strerror}") from error
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed drivers had begun to write or to remove. Only for the owner of the run, at its start."""
+    for path in folder.glob(PARTIALS):
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def mark_best(path: Path, score: float) -> None:
-    """Name ``path`` the best checkpoint by validation."""
-    body = msgpack.packb([path.name, score])
-    write_atomically(path.parent / BEST, lambda file: file.write(body) and None)
+    """Name ``path`` the best checkpoint by validation.
+
+    Raises:
+        CheckpointError: the disk is full, read-only or gone.
+    """
+    mark = path.parent / BEST
+    packed: bytes = msgpack.packb([path.name, score])
+    try:
+        write_bytes_atomically(mark, msgpack.packb([packed, hashlib.sha256(packed).digest()]))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {mark}: {error.strerror}") from error
 
 
 def best_score(folder: Path) -> float | None:
-    """The validation score of the best checkpoint, if one is marked."""
+    """The validation score of the best checkpoint, if one is marked and there."""
     mark = _best_mark(folder)
-    return None if mark is None else mark[1]
+    return mark[1] if mark is not None and (folder / mark[0]).is_dir() else None
 
 
 def best_of(folder: Path) -> Path | None:
@@ -170,12 +198,27 @@ def _best_mark(folder: Path) -> tuple[str, float] | None:
     if not path.exists():
         return None
     try:
-        name, score = msgpack.unpackb(path.read_bytes())
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no checkpoint")
+        packed, digest = msgpack.unpackb(path.read_bytes())
+        if hashlib.sha256(packed).digest() != digest:
+            raise ValueError("it does not match its digest")
+        name, score = msgpack.unpackb(packed)
         return str(name), float(score)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove it to go on without the best checkpoint") from error
+
+
+def _partial(path: Path) -> Path:
+    """Where a checkpoint is while it is made or removed; no reader looks there."""
+    return path.parent / f".{path.name}.{os.getpid()}.partial"
+
+
+def _first_difference(manifest: Mapping[str, Any], layout: FlatSpec) -> str:
+    """The first tensor whose shape differs, if both have it, in words."""
+    needed = dict(zip(layout.names, layout.shapes, strict=True))
+    for name, shape in zip(manifest["names"], manifest["shapes"], strict=True):
+        if name in needed and tuple(shape) != needed[name]:
+            return f" ({name} is {tuple(shape)} there, {needed[name]} here)"
+    return ""
 
 
 def _arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -229,7 +272,7 @@ def _manifest(checkpoint: Checkpoint, epoch: int, tensors: bytes) -> list[Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Manifest and arrays, checked against their digests before anything else reads them."""
-    again = "use another checkpoint of the run, or restore this one from a backup"
+    again = "restore it from a backup, or remove it to use the one before"
     try:
         manifest_path = path / MANIFEST
         if manifest_path.stat().st_size > LARGEST_MANIFEST:

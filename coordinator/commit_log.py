@@ -12,13 +12,15 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.durable import fsync_directory, fsync_file
 from cluster.errors import CheckpointError
-from cluster.records import RecordWriter, scan
+from cluster.records import FileKind, RecordWriter, scan
 from coordinator.aggregators.base import Counted, Dropped
 from coordinator.run_dir import RunDirectory
 
 FORMAT = "metafleet-commit-log"
 SCHEMA = 1
+KIND = FileKind("commit log")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Entry:
 
 
 class CommitLog:
-    """Appends entries to the log of one epoch.
+    """Appends entries to the log of one epoch; its header and the logs before it are on the disk when this is made.
 
     Args:
         run: the run directory, whose lock is held.
@@ -44,10 +46,22 @@ class CommitLog:
         start: the version that it goes on from.
         start_digest: run digest of that version.
         config_digest: digest of the configuration's result half.
+
+    Raises:
+        CheckpointError: here and in every method, the disk is full, read-only or gone.
     """
 
     def __init__(self, run: RunDirectory, epoch: int, start: int, start_digest: str, config_digest: str) -> None:
-        self._writer = RecordWriter(run.log(epoch), [FORMAT, SCHEMA, epoch, start, start_digest, config_digest])
+        path = run.log(epoch)
+        try:
+            # The header will say that versions up to `start` are in the logs before: they reach the disk before it.
+            for log in [run.log(e) for e in run.epochs() if run.log(e).exists()]:
+                fsync_file(log)
+            self._writer = RecordWriter(path, [FORMAT, SCHEMA, epoch, start, start_digest, config_digest], kind=KIND)
+            self._writer.sync()
+            fsync_directory(path.parent)
+        except OSError as error:
+            raise CheckpointError(f"cannot force the logs of {run.path} to the disk: {error.strerror}") from error
 
     def append(self, entry: Entry) -> None:
         """Record a commit; it is with the operating system when this returns."""
@@ -55,7 +69,7 @@ class CommitLog:
         self._writer.append([entry.version, counted, [list(astuple(d)) for d in entry.dropped], entry.digest])
 
     def sync(self) -> None:
-        """Force the log to the disk."""
+        """Force everything appended to the disk."""
         self._writer.sync()
 
     def close(self) -> None:
@@ -90,7 +104,7 @@ def read_log(run: RunDirectory) -> list[Entry]:
 
 def _read_segment(path: Path, epoch: int) -> tuple[int, str, Sequence[Entry]] | None:
     """Start version, its digest, and the entries of one log; ``None`` if the driver died before its header."""
-    records, _ = scan(path, [FORMAT, SCHEMA, epoch])
+    records, _ = scan(path, [FORMAT, SCHEMA, epoch], KIND)
     if not records:
         return None
     try:

@@ -6,22 +6,25 @@
 The dispatcher knows neither Ray nor aggregation. An order goes to the ready worker with the fewest in flight, the
 lowest slot first. Any error on an attempt means that this attempt failed, never that the run did; a shard whose
 attempts are used up is a poison shard and ends the run with its episode ids and the worker's traceback.
+
+A worker's queue is the truth about what is awaited from it: a reply or failure of an order that is not in the queue of
+its slot (the attempt was superseded, the worker replaced, the order forgotten) is ignored.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.errors import ClusterError, PoisonShardError
-from cluster.messages import Contribution, EvaluationPart, EvaluationTask, ShardTask, WorkerHello
+from cluster.messages import Contribution, EvaluationPart, EvaluationTask, WorkerHello
 from coordinator.pool import Event, Failed, Handle, Order, Pool, Reply, WorkerReady
 
-OrderKey = tuple[str, int, int]
-"""("shard", shard id, base version) or ("evaluation", part, base version): one piece of work, whatever the attempt."""
+OrderKey = Order
+"""An order as it was first submitted: one piece of work, whatever the attempt."""
 
 START_FAILURES = 3
 """Failed starts in a row, over all slots, after which the run stops."""
@@ -73,7 +76,8 @@ class _Work:
     handle: Handle
     submitted: float = 0.0
     failures: int = 0
-    avoid: int | None = None
+    tried: tuple[int, ...] = ()
+    """Slots that failed at it or gave a non-finite reply, in order of time."""
     first: Contribution | None = None
     """The non-finite reply that a second opinion is awaited on."""
 
@@ -93,7 +97,7 @@ class Dispatcher:
         self._limit = in_flight
         self._attempts = attempts
         self._clock = clock
-        self._ready: dict[int, list[OrderKey]] = {}
+        self._ready: dict[int, list[Order]] = {}
         self._work: dict[OrderKey, _Work] = {}
         self._retries: deque[OrderKey] = deque()
         self._failed_starts = 0
@@ -120,8 +124,15 @@ class Dispatcher:
         return bool(self._work)
 
     def submit(self, order: Order, handle: Handle) -> None:
-        """Queue an order on the least loaded worker; there must be room."""
+        """Queue an order on the least loaded worker.
+
+        Raises:
+            ValueError: there is no room, or the order is under way already.
+        """
         key = order_key(order)
+        if self.room < 1 or key in self._work:
+            why = "it is under way" if key in self._work else "no worker has room"
+            raise ValueError(f"{describe(order)} cannot be submitted: {why}")
         self._work[key] = _Work(order, handle)
         self._send(key)
 
@@ -130,6 +141,7 @@ class Dispatcher:
         self._work.clear()
         self._retries.clear()
         self._ready = {slot: [] for slot in self._ready}
+        self._outcomes = deque(o for o in self._outcomes if isinstance(o, Failure | Joined))
 
     def next(self, timeout: float) -> Outcome | None:
         """The next outcome, or ``None`` if there is none within ``timeout`` seconds.
@@ -142,8 +154,7 @@ class Dispatcher:
             event = self._pool.wait(timeout)
             if event is not None:
                 self._handle(event)
-        while self._retries and any(len(queue) < self._limit for queue in self._ready.values()):
-            self._send(self._retries.popleft())
+            self._retries = deque(key for key in self._retries if not self._send(key))
         return self._outcomes.popleft() if self._outcomes else None
 
     def _handle(self, event: Event) -> None:
@@ -164,26 +175,25 @@ class Dispatcher:
                 self._fail(event)
 
     def _settle(self, reply: Reply) -> None:
-        key = order_key(reply.order)
-        work = self._work.get(key)
         queue = self._ready.get(reply.slot, [])
-        if key in queue:
-            queue.remove(key)
-        if work is None or work.order.attempt != reply.order.attempt:
+        if reply.order not in queue:
             return
+        queue.remove(reply.order)
+        key = order_key(reply.order)
         if isinstance(reply.result, EvaluationPart):
             del self._work[key]
             self._outcomes.append(Evaluated(reply.result))
             return
-        self._judge(key, work, reply.result, reply)
+        self._judge(key, self._work[key], reply.result, reply)
 
     def _judge(self, key: OrderKey, work: _Work, contribution: Contribution, reply: Reply) -> None:
         """Accept a finite contribution; ask once more for a non-finite one (design, section 3)."""
         shard, first = contribution.shard, work.first
         if not contribution.finite and first is None:
             work.first = contribution
-            self._outcomes.append(Failure("nonfinite", f"shard {shard} from worker {reply.slot} is not finite: asked again"))
-            self._retry(key, avoid=reply.slot)
+            message = f"shard {shard} from worker {reply.slot} is not finite: asked again"
+            self._outcomes.append(Failure("nonfinite", message))
+            self._retry(key, reply.slot)
             return
         if first is not None and contribution.digest != first.digest:
             verdict = "finite there" if contribution.finite else "other bits"
@@ -195,26 +205,25 @@ class Dispatcher:
 
     def _fail(self, failed: Failed) -> None:
         assert failed.order is not None
-        key = order_key(failed.order)
-        queue, work = self._ready.get(failed.slot, []), self._work.get(key)
-        if key not in queue or work is None or work.order.attempt != failed.order.attempt:
-            return  # an attempt that was given up already: the slot's worker has been replaced since
+        queue = self._ready.get(failed.slot, [])
+        if failed.order not in queue:
+            return
         if failed.kind == "worker_lost":
             del self._ready[failed.slot]
             self._lose(queue, failed)
             self._pool.replace(failed.slot)
         else:
-            queue.remove(key)
+            queue.remove(failed.order)
             self._outcomes.append(Failure("shard_error", f"{describe(failed.order)} failed: {failed.message}"))
-            self._blame(key, failed)
+            self._blame(order_key(failed.order), failed)
 
-    def _lose(self, queue: list[OrderKey], failed: Failed) -> None:
+    def _lose(self, queue: list[Order], failed: Failed) -> None:
         message = f"worker {failed.slot} lost ({failed.message}); replacing it, {len(queue)} order(s) reissued"
         self._outcomes.append(Failure("worker_lost", message))
         # Only what the worker was computing may have killed it; what waited behind it is merely reissued.
-        self._blame(queue[0], failed)
-        for key in queue[1:]:
-            self._retry(key, avoid=None)
+        self._blame(order_key(queue[0]), failed)
+        for order in queue[1:]:
+            self._retry(order_key(order))
 
     def _blame(self, key: OrderKey, failed: Failed) -> None:
         work = self._work[key]
@@ -224,32 +233,40 @@ class Dispatcher:
                 f"{describe(work.order)} failed {work.failures} times, the last time on worker {failed.slot}: "
                 f"{failed.message}" + (f"\n{failed.detail}" if failed.detail else "")
             )
-        self._retry(key, avoid=failed.slot)
+        self._retry(key, failed.slot)
 
-    def _retry(self, key: OrderKey, avoid: int | None) -> None:
+    def _retry(self, key: OrderKey, *tried: int) -> None:
         work = self._work[key]
         work.order = replace(work.order, attempt=work.order.attempt + 1)
-        work.avoid = avoid
+        work.tried += tried
         self._retries.append(key)
 
-    def _send(self, key: OrderKey) -> None:
-        work = self._work.get(key)
-        if work is None:
-            return
-        free = [slot for slot, queue in self._ready.items() if len(queue) < self._limit]
-        # The worker that failed at it is asked again only if there is no other.
-        choice = [slot for slot in free if slot != work.avoid] or free
-        slot = min(choice, key=lambda s: (len(self._ready[s]), s))
-        self._ready[slot].append(key)
+    def _send(self, key: OrderKey) -> bool:
+        """Submit the order's current attempt; ``False`` while no worker that may take it has room."""
+        work = self._work[key]
+        slot = self._choose(work.tried)
+        if slot is None:
+            return False
+        self._ready[slot].append(work.order)
         work.submitted = self._clock()
         self._pool.submit(slot, work.order, work.handle)
+        return True
+
+    def _choose(self, tried: Sequence[int]) -> int | None:
+        """The least loaded worker for an order that was tried in these slots, if one that may take it has room.
+
+        A retry rather waits for another worker's turn than go back to the one that failed at it; who was asked last is
+        asked again only where there is nobody else.
+        """
+        fresh = [slot for slot in self._ready if slot not in tried]
+        others = [slot for slot in self._ready if slot not in tried[-1:]]
+        free = [slot for slot in fresh or others or self._ready if len(self._ready[slot]) < self._limit]
+        return min(free, key=lambda slot: (len(self._ready[slot]), slot), default=None)
 
 
 def order_key(order: Order) -> OrderKey:
     """What an order is about, whatever the attempt."""
-    if isinstance(order, ShardTask):
-        return ("shard", order.shard, order.base_version)
-    return ("evaluation", order.part, order.base_version)
+    return replace(order, attempt=0)
 
 
 def describe(order: Order) -> str:

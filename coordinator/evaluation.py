@@ -61,7 +61,9 @@ class EvaluationCollector:
         return combine(self._parts) if self._episodes == self._request.episodes else None
 
 
-def evaluate_now(dispatcher: Dispatcher, pool: Pool, published: Published, request: EvaluationRequest) -> EvaluationScores:
+def evaluate_now(
+    dispatcher: Dispatcher, pool: Pool, published: Published, request: EvaluationRequest
+) -> EvaluationScores:
     """Evaluate while nothing else is computed.
 
     Raises:

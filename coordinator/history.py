@@ -1,9 +1,7 @@
 """The metric history of a run: ``history.msgpack``, one record per commit and validation, appended as the run goes.
 
-A record is one msgpack value of fixed layout, ``[crc32 of body, body]`` with the body as bin 16, and the body again
-msgpack: ``[kind, field, …]``. The first record names the format. Only the tail may be damaged, because a crash tears
-what was written last: from the first record that does not check, everything is dropped if no whole record follows, and
-the file is refused if one does.
+A record of the file (``cluster/records``) is ``[kind, field, …]``; the first one names the format. Only the tail may be
+damaged, because a crash tears what was written last: then it is dropped. Damage anywhere else is refused.
 
 A resume from version v appends a marker; what an earlier attempt had recorded of versions above v is superseded then,
 and readers drop it. Versions are thereby strictly ascending for every reader. The run's result never depends on this
@@ -12,17 +10,14 @@ file: it is for people, plots and the results table.
 
 from __future__ import annotations
 
-import struct
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple
 
-import msgpack
 import numpy as np
 
 from cluster.errors import CheckpointError
+from cluster.records import FileKind, RecordWriter, scan
 
 HEADER: Final = ["metafleet-history", 1]
 """The first record: format and schema version."""
@@ -32,10 +27,11 @@ BUFFER: Final = 1 << 16
 
 COMMIT, VALIDATION, RESUME = 0, 1, 2
 
-FRAME: Final = struct.Struct(">2sIcH")
-"""Array of two, uint 32 (the CRC), bin 16 (the body's length): a fixed prefix, so that records can be found again."""
-
-PAIR, BIN16 = b"\x92\xce", b"\xc5"
+KIND: Final = FileKind(
+    "metric history",
+    "restore it, or move it away to go on without the earlier metric history (the run's result does not need it)",
+    BUFFER,
+)
 
 
 class CommitRecord(NamedTuple):
@@ -121,47 +117,27 @@ class HistoryWriter:
         Raises:
             CheckpointError: the file is damaged elsewhere than at its end, or is no history.
         """
-        whole = _scan(path, path.read_bytes())[1] if path.exists() else 0
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(whole)
-        self._buffer = bytearray()
-        if whole == 0:
-            self._append(HEADER)
+        self._writer = RecordWriter(path, HEADER, BUFFER, KIND)
 
     def commit(self, record: CommitRecord) -> None:
         """Record an outer update."""
-        self._append((COMMIT, *record))
+        self._writer.append((COMMIT, *record))
 
     def validation(self, record: ValidationRecord) -> None:
         """Record a validation."""
-        self._append((VALIDATION, *record))
+        self._writer.append((VALIDATION, *record))
 
     def resume(self, version: int) -> None:
         """Mark that the run goes on from ``version``: what was recorded of later versions is superseded."""
-        self._append((RESUME, version))
+        self._writer.append((RESUME, version))
 
     def flush(self) -> None:
         """Hand everything recorded so far to the operating system."""
-        # Whole records in single writes to a file opened for appending: should a stale driver still write to the same
-        # run, its records may interleave with ours, but never tear them.
-        view = memoryview(self._buffer)
-        while view:
-            view = view[self._file.write(view) :]
-        self._buffer = bytearray()
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close; does nothing the second time."""
-        if not self._file.closed:
-            self.flush()
-            self._file.close()
-
-    def _append(self, record: Any) -> None:
-        body: bytes = msgpack.packb(record)
-        if len(body) >= BUFFER:
-            raise ValueError(f"a history record holds less than {BUFFER} bytes, got {len(body)}")
-        self._buffer += FRAME.pack(PAIR, zlib.crc32(body), BIN16, len(body)) + body
-        if len(self._buffer) >= BUFFER:
-            self.flush()
+        self._writer.close()
 
 
 def read_history(path: Path) -> History:
@@ -171,81 +147,29 @@ def read_history(path: Path) -> History:
         CheckpointError: there is no such file, it is no history, or it is damaged elsewhere than at its end.
     """
     try:
-        data = path.read_bytes()
+        records: list[Any] = scan(path, HEADER, KIND)[0]
     except FileNotFoundError as error:
         raise CheckpointError(f"no metric history at {path}: the run has recorded nothing yet") from error
     commits: list[CommitRecord] = []
-    validations: list[ValidationRecord] = []
+    # Two validations may be under way at once, and the later version's may end first.
+    validations: dict[int, ValidationRecord] = {}
     resumes: list[int] = []
-    for kind, *fields in _scan(path, data)[0]:
+    for kind, *fields in records[1:]:
         if kind == COMMIT:
             commit = CommitRecord(*fields)
             _supersede(commits, commit.version)
             commits.append(commit)
         elif kind == VALIDATION:
             validation = ValidationRecord(fields[0], tuple(fields[1]), tuple(fields[2]))
-            _supersede(validations, validation.version)
-            validations.append(validation)
+            validations[validation.version] = validation
         else:
             resumes.append(fields[0])
             _supersede(commits, fields[0] + 1)
-            _supersede(validations, fields[0] + 1)
-    return History.of(commits, validations, tuple(resumes))
+            validations = {v: validation for v, validation in validations.items() if v <= fields[0]}
+    return History.of(commits, [validations[version] for version in sorted(validations)], tuple(resumes))
 
 
-class _Versioned(Protocol):
-    @property
-    def version(self) -> int: ...
-
-
-_Record = TypeVar("_Record", bound=_Versioned)
-
-
-def _supersede(records: list[_Record], version: int) -> None:
-    """Drop the records of ``version`` and later ones; each record is dropped once, so a whole file costs O(n)."""
-    while records and records[-1].version >= version:
-        records.pop()
-
-
-def _scan(path: Path, data: bytes) -> tuple[list[list[Any]], int]:
-    """The records in ``data`` after the header, and how many bytes of it are whole."""
-    records, end = [], 0
-    for record, end in _frames(data):  # noqa: B007 - the last end is what counts
-        records.append(record)
-    if _resumes_after(data, end):
-        raise CheckpointError(
-            f"{path} is damaged at byte {end} of {len(data)}: restore it, or move it away to go on without the earlier "
-            "metric history (the run's result does not need it)"
-        )
-    if records and records[0] != HEADER:
-        raise CheckpointError(f"{path} is no metric history of this version: its first record is {records[0]!r}")
-    if data and not records and not _torn_header(data):
-        raise CheckpointError(f"{path} is no metric history: it starts with {data[:16]!r}")
-    return records[1:], end
-
-
-def _frames(data: bytes, start: int = 0) -> Iterator[tuple[list[Any], int]]:
-    """The consecutive whole records of ``data`` from ``start``, each with the offset after it."""
-    while start + FRAME.size <= len(data):
-        pair, crc, bin16, length = FRAME.unpack_from(data, start)
-        body = data[start + FRAME.size : start + FRAME.size + length]
-        if pair != PAIR or bin16 != BIN16 or len(body) < length or zlib.crc32(body) != crc:
-            return
-        start += FRAME.size + length
-        yield msgpack.unpackb(body), start
-
-
-def _resumes_after(data: bytes, end: int) -> bool:
-    """Whether a whole record starts anywhere behind the first damaged byte, ``end``."""
-    at = data.find(PAIR, end)
-    while at >= 0:
-        if next(_frames(data, at), None) is not None:
-            return True
-        at = data.find(PAIR, at + 1)
-    return False
-
-
-def _torn_header(data: bytes) -> bool:
-    """Whether ``data``, which holds no whole record, can be the beginning of a history."""
-    body: bytes = msgpack.packb(HEADER)
-    return (FRAME.pack(PAIR, zlib.crc32(body), BIN16, len(body)) + body).startswith(data)
+def _supersede(commits: list[CommitRecord], version: int) -> None:
+    """Drop the commits of ``version`` and later ones; each is dropped once, so a whole file costs O(n)."""
+    while commits and commits[-1].version >= version:
+        commits.pop()

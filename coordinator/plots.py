@@ -199,7 +199,7 @@ def _figure(title: str, panels: int) -> tuple[Figure, list[Axes]]:
     """An empty figure with a title and panels that share the horizontal axis."""
     figure = Figure(figsize=(8.5, 4.6 if panels == 1 else 7.0), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(title, 88), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 85), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,12 @@
-"""What a run writes as it goes: commit log, metric history, checkpoints, the best one by validation."""
+"""What a run writes as it goes: commit log, metric history, checkpoints, the best one by validation.
+
+Log and checkpoints are the epoch's own files. Before each checkpoint the recorder makes sure that no later driver has
+taken over; what a superseded driver had appended to its log by then, readers pass over.
+"""
 
 from __future__ import annotations
+
+import math
 
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
@@ -10,7 +16,7 @@ from coordinator.run_dir import RunDirectory
 
 
 class Recorder:
-    """Writes one epoch of a run; every write first makes sure that no later driver has taken over.
+    """Writes one epoch of a run.
 
     Args:
         run: the run directory, whose lock is held.
@@ -20,6 +26,10 @@ class Recorder:
         config_digest: digest of the configuration's result half.
         keep: checkpoints kept besides the best.
         higher_is_better: whether validation scores are accuracies.
+
+    Raises:
+        CheckpointError: here and in every method, the disk is full, read-only or gone.
+        RunDirectoryError: in ``checkpoint`` and ``validation``, a later driver has taken over.
     """
 
     def __init__(
@@ -40,19 +50,21 @@ class Recorder:
         self._history = HistoryWriter(run.history)
         if start > 0 or epoch > 1:
             self._history.resume(start)
+        checkpoints.sweep(run.checkpoints)
         self._best = checkpoints.best_score(run.checkpoints)
 
     def commit(self, entry: Entry, record: CommitRecord) -> None:
         """Record a commit, before it is published."""
         self._log.append(entry)
         self._history.commit(record)
+        # As far as the log: a resume of an asynchronous run goes on from the log's end, not from the last checkpoint.
+        self._history.flush()
 
     def checkpoint(self, checkpoint: Checkpoint) -> int:
         """Write a checkpoint; returns its bytes."""
         self._run.check_epoch(self._epoch)
         # The log on the disk must never be behind a checkpoint.
         self._log.sync()
-        self._history.flush()
         _, size = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
         checkpoints.prune(self._run.checkpoints, self._keep)
         return size
@@ -60,8 +72,10 @@ class Recorder:
     def validation(self, record: ValidationRecord, checkpoint: Checkpoint) -> bool:
         """Record a validation; keeps its version if it is the best so far, and says whether it is."""
         self._history.validation(record)
+        self._history.flush()
         score = record.steps[-1]
-        if self._best is not None and self._sign * score <= self._sign * self._best:
+        # A diverged model is never the best, not even the first one.
+        if not math.isfinite(score) or (self._best is not None and self._sign * score <= self._sign * self._best):
             return False
         self._run.check_epoch(self._epoch)
         self._log.sync()
@@ -73,5 +87,7 @@ class Recorder:
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._log.close()
-        self._history.close()
+        try:
+            self._log.close()
+        finally:
+            self._history.close()

@@ -51,7 +51,7 @@ class RunSummary:
     metrics: str | None = None
     """Address of the Prometheus endpoint, host:port, while it is served."""
     evaluation: Mapping[str, Any] | None = None
-    """``EvaluationScores.to_json`` with split, way, shot, query, bn and checkpoint."""
+    """``EvaluationScores.to_json`` with split, way, shot, query, bn, checkpoint and version."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``, one key per field."""
@@ -136,7 +136,8 @@ def _description(evaluation: Mapping[str, Any]) -> list[str]:
     what += [f"{known['query']} queries" + ("" if regression else " a class")] if "query" in known else []
     what += [f"{known['episodes']:,} episodes"]
     how = [f"batch-norm {known['bn']}"] if "bn" in known else []
-    how += [f"checkpoint {known['checkpoint']}"] if "checkpoint" in known else []
+    at = f" (version {known['version']})" if "version" in known else ""
+    how += [f"checkpoint {known['checkpoint']}{at}"] if "checkpoint" in known else []
     names = {"precision": "precision", "recall": "recall", "f1": "F1"}
     macro = [f"{title} {format_score('accuracy', known[name])}" for name, title in names.items() if name in known]
     lines = [", ".join(what), ", ".join(how), f"macro {', '.join(macro)}" if macro else ""]

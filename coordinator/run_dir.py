@@ -12,18 +12,20 @@ history.msgpack           metric history; learning_curve.png, adaptation_curve.p
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import msgpack
 
-from cluster.durable import fsync_directory, write_atomically
+from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import RunDirectoryError
 
 FORMAT = ["metafleet-run", 1]
+IDENTITY = "run.msgpack"
 LARGEST_HEADER = 1 << 20
 
 
@@ -81,12 +83,19 @@ class RunDirectory:
                 f"run directory {path} exists already: choose another --run-dir, or go on with it by --resume {path}"
             ) from error
         except OSError as error:
-            raise RunDirectoryError(f"cannot make run directory {path}: {error.strerror}; choose another --run-dir") from error
-        for folder in ("epochs", "log", "checkpoints"):
-            (path / folder).mkdir()
-        fsync_directory(path.parent)
+            raise RunDirectoryError(
+                f"cannot make run directory {path}: {error.strerror}; choose another --run-dir"
+            ) from error
         run = RunDirectory(path)
-        run.acquire()
+        try:
+            for folder in ("epochs", "log", "checkpoints"):
+                (path / folder).mkdir()
+            fsync_directory(path)
+            fsync_directory(path.parent)
+            run.acquire()
+        except (OSError, RunDirectoryError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise RunDirectoryError(f"cannot make run directory {path}: {error}; choose another --run-dir") from error
         return run
 
     @staticmethod
@@ -96,8 +105,10 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it is no run directory.
         """
-        if not (path / "run.msgpack").is_file():
-            raise RunDirectoryError(f"{path} is no run directory: it has no run.msgpack; give the folder that train made")
+        if not (path / IDENTITY).is_file():
+            raise RunDirectoryError(
+                f"{path} is no run directory: it has no {IDENTITY}; give the folder that train made"
+            )
         return RunDirectory(path)
 
     def acquire(self) -> None:
@@ -107,12 +118,19 @@ class RunDirectory:
             RunDirectoryError: a living driver owns it, or it cannot be written to.
         """
         try:
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunDirectoryError(f"run directory {self.path} is in use by a living run: wait for it, or stop it first") from error
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise RunDirectoryError(f"cannot write to run directory {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            if isinstance(error, BlockingIOError):
+                raise RunDirectoryError(
+                    f"run directory {self.path} is in use by a living run: wait for it, or stop it first"
+                ) from error
+            raise RunDirectoryError(f"cannot lock run directory {self.path}: {error.strerror}") from error
+        self._lock = lock
 
     def release(self) -> None:
         """Give up ownership; does nothing the second time."""
@@ -121,21 +139,33 @@ class RunDirectory:
             self._lock = None
 
     def epochs(self) -> list[int]:
-        """The epochs claimed so far, ascending."""
-        return sorted(int(entry.name) for entry in (self.path / "epochs").iterdir() if entry.name.isdigit())
+        """The epochs claimed so far, ascending.
+
+        Raises:
+            RunDirectoryError: the directory or its folder of epochs is gone.
+        """
+        try:
+            names = os.listdir(self.path / "epochs")
+        except OSError as error:
+            raise RunDirectoryError(f"run directory {self.path} has lost its epochs: {error.strerror}") from error
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def claim_epoch(self) -> int:
         """Claim the next epoch by exclusive creation: of two drivers, one gets it.
 
         Raises:
-            RunDirectoryError: another driver claimed it at the same moment.
+            RunDirectoryError: another driver claimed it at the same moment, or it cannot be written.
         """
         epoch = max(self.epochs(), default=0) + 1
         try:
             os.close(os.open(self.path / "epochs" / f"{epoch:04d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            fsync_directory(self.path / "epochs")
         except FileExistsError as error:
-            raise RunDirectoryError(f"another driver has just claimed epoch {epoch} of {self.path}: it goes on, this one stops") from error
-        fsync_directory(self.path / "epochs")
+            raise RunDirectoryError(
+                f"another driver has just claimed epoch {epoch} of {self.path}: it goes on, this one stops"
+            ) from error
+        except OSError as error:
+            raise RunDirectoryError(f"cannot claim epoch {epoch} of {self.path}: {error.strerror}") from error
         return epoch
 
     def check_epoch(self, epoch: int) -> None:
@@ -144,17 +174,24 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a later epoch was claimed, or the directory is gone.
         """
-        try:
-            newest = max(self.epochs(), default=0)
-        except OSError as error:
-            raise RunDirectoryError(f"run directory {self.path} is gone: {error.strerror}") from error
+        newest = max(self.epochs(), default=0)
         if newest != epoch:
-            raise RunDirectoryError(f"another driver (epoch {newest}) has taken over {self.path}: this one (epoch {epoch}) stops")
+            raise RunDirectoryError(
+                f"another driver (epoch {newest}) has taken over {self.path}: this one (epoch {epoch}) stops"
+            )
 
     def write_identity(self, identity: RunIdentity) -> None:
-        """Record what the run is; once."""
-        body = msgpack.packb([*FORMAT, asdict(identity)])
-        write_atomically(self.path / "run.msgpack", lambda file: file.write(body) and None)
+        """Record what the run is; once.
+
+        Raises:
+            RunDirectoryError: it cannot be written.
+        """
+        packed: bytes = msgpack.packb(asdict(identity))
+        record: bytes = msgpack.packb([*FORMAT, packed, hashlib.sha256(packed).digest()])
+        try:
+            write_bytes_atomically(self.path / IDENTITY, record)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write {self.path / IDENTITY}: {error.strerror}") from error
 
     def identity(self) -> RunIdentity:
         """What the run is.
@@ -162,13 +199,15 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the record is damaged.
         """
-        path = self.path / "run.msgpack"
+        path = self.path / IDENTITY
         try:
             if path.stat().st_size > LARGEST_HEADER:
-                raise ValueError("too large")
-            record: Any = msgpack.unpackb(path.read_bytes())
-            if record[:2] != FORMAT or set(record[2]) != {f.name for f in fields(RunIdentity)}:
-                raise ValueError("another format")
-            return RunIdentity(**record[2])
-        except (OSError, ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+                raise ValueError("it is too large")
+            name, schema, packed, digest = msgpack.unpackb(path.read_bytes())
+            if [name, schema] != FORMAT:
+                raise ValueError(f"it is {name!r} {schema}, expected {FORMAT[0]!r} {FORMAT[1]}")
+            if hashlib.sha256(packed).digest() != digest:
+                raise ValueError("it does not match its digest")
+            return RunIdentity(**msgpack.unpackb(packed))
+        except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             raise RunDirectoryError(f"{path} is damaged ({error}): restore it from a backup") from error

@@ -78,7 +78,10 @@ class Snapshot:
 
 
 class View(Protocol):
-    """Where the train loop reports. ``start`` comes first, ``stop`` last; ``stop`` also when the run fails."""
+    """Where a run reports. ``start`` comes before updates, ``stop`` last and also when the run fails.
+
+    Messages may come before ``start`` too.
+    """
 
     def start(self, total: int, summary: str, *, metric: MetricName = "accuracy", version: int = 0) -> None:
         """The run goes from ``version`` to ``total``; ``summary`` is one line on its configuration."""

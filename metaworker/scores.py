@@ -82,7 +82,7 @@ def combine(parts: Sequence[EvaluationPart]) -> EvaluationScores:
 
     Raises:
         ValueError: no parts, fewer than 2 episodes, episodes missing or twice between parts, or parts that do not
-            belong together (classification and regression, another number of steps or classes).
+            belong together (another version, classification and regression, another number of steps or classes).
     """
     ordered = sorted(parts, key=lambda part: part.first_episode)
     _check(ordered)
@@ -157,9 +157,9 @@ def _check(ordered: Sequence[EvaluationPart]) -> None:
                 "both start with [episode, step]"
             )
         following += len(part.loss)
-    kinds = {(part.confusion is None, part.loss.shape[1], _way(part)) for part in ordered}
+    kinds = {(part.version, part.confusion is None, part.loss.shape[1], _way(part)) for part in ordered}
     if len(kinds) > 1:
-        raise ValueError(f"evaluation parts differ in (regression, steps, way): {sorted(kinds)}")
+        raise ValueError(f"evaluation parts differ in (version, regression, steps, way): {sorted(kinds)}")
     if following - ordered[0].first_episode < 2:
         raise ValueError("an evaluation of 1 episode has no confidence interval: use at least 2")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgpack
 
-from cluster.durable import write_atomically
+from cluster.durable import write_bytes_atomically
 from cluster.errors import StoreError
 
 MAGIC = "metafleet episode store"
@@ -95,7 +95,7 @@ def write_header(path: Path, header: StoreHeader) -> None:
     raw = _encode(header)
     if len(raw) > HEADER_LIMIT:
         raise StoreError(f"{path}: its description takes {len(raw)} bytes, more than {HEADER_LIMIT}: shorten it")
-    write_atomically(header_path(path), lambda file: _write_all(file, raw))
+    write_bytes_atomically(header_path(path), raw)
 
 
 def read_header(path: str | os.PathLike[str]) -> StoreHeader:
@@ -160,10 +160,6 @@ def _unpack(raw: bytes) -> Any:
     return msgpack.unpackb(raw, raw=False, strict_map_key=True, max_array_len=1024, max_map_len=1024, max_ext_len=0)
 
 
-def _write_all(file: Any, raw: bytes) -> None:
-    file.write(raw)
-
-
 # ------------------------------------------------------------------------------------------------------- verification
 
 
@@ -209,10 +205,9 @@ def _digest_once(path: Path, identity: FileIdentity) -> str:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if stamp is not None and settled and file_identity(path) == identity:
-            raw = msgpack.packb([*identity, digest])
             # Failing to remember costs the next process a hash, no more.
             with contextlib.suppress(OSError):
-                write_atomically(stamp, lambda file: _write_all(file, raw))
+                write_bytes_atomically(stamp, msgpack.packb([*identity, digest]))
         return digest
 
 
@@ -223,13 +218,13 @@ def _locked_stamp(path: Path) -> Iterator[Path | None]:
     The host is part of the key: home folders are often shared by nodes on which the same path is another file.
     """
     key = hashlib.sha256(f"{socket.gethostname()}\0{os.path.realpath(path)}".encode(errors="surrogateescape"))
-    cache = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "verified"
     with contextlib.ExitStack() as stack:
         try:
+            cache = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "verified"
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = stack.enter_context(open(cache / f"{key.hexdigest()}.lock", "ab"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: a container's user who has no home
             yield None
             return
         yield cache / key.hexdigest()

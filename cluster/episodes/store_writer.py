@@ -62,11 +62,7 @@ def write_store(
         StoreError: something lies at ``path`` already, the arguments do not fit together, or the disk refuses.
     """
     path = Path(path)
-    for occupied in (path, header_path(path)):
-        if os.path.lexists(occupied):
-            raise StoreError(
-                f"{occupied}: exists already, and a store is never overwritten: remove it or choose another"
-            )
+    refuse_existing(path)
     draft = _draft_header(path, samples, class_index, classes, sample_metadata, description)
     order = np.argsort(class_index, kind="stable")
     try:
@@ -74,7 +70,13 @@ def write_store(
         with _in_order(path, samples, order) as rows:
             batch = _batch(rows, class_index[order], classes, sample_metadata, order, draft)
             written = replace(draft, **_write_batch(path, batch))
-        write_header(path, written)
+        try:
+            write_header(path, written)
+        except BaseException:
+            path.unlink()  # a data file without a header would only be in the way of the next try
+            raise
+    except UnicodeEncodeError as error:
+        raise StoreError(f"{path}: {error.object!r} is not valid Unicode: rename it in the source") from None
     except OSError as error:
         raise StoreError(
             f"{path}: cannot be written ({error.strerror or error}): check the folder and the disk"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class Episodes:
         return replace(self, **moved)
 
 
+@runtime_checkable
 class EpisodeSource(Protocol):
     """Where episodes come from: an episode store with a split, or an embedded generator.
 

@@ -63,10 +63,12 @@ class AsyncAggregator:
     def add(self, contribution: Contribution, version: int, *, finite: bool = True) -> Update | Dropped | None:
         """Drop what is too stale; keep the rest; commit when the buffer is full."""
         shard = contribution.shard
+        staleness = version - contribution.base_version
         if shard not in self._issued:
             raise ValueError(f"shard {shard} is not awaited: it counts at most once")
+        if staleness < 0:
+            raise ValueError(f"shard {shard} is of version {contribution.base_version}, the run is at {version}")
         self._issued.remove(shard)
-        staleness = version - contribution.base_version
         if staleness > self._bound:
             reason = f"staleness {staleness} is above the bound {self._bound}"
             return Dropped(shard, contribution.base_version, contribution.digest, reason)
@@ -91,9 +93,7 @@ class AsyncAggregator:
 
     def _combine(self, taken: Sequence[tuple[Contribution, bool]], version: int) -> Update:
         contributions = [c for c, _ in taken]
-        weights = [
-            staleness_weight(version - c.base_version, self._exponent) if finite else 0.0 for c, finite in taken
-        ]
+        weights = [staleness_weight(version - c.base_version, self._exponent) if finite else 0.0 for c, finite in taken]
         gradient = np.zeros_like(contributions[0].gradient)
         for contribution, weight in zip(contributions, weights, strict=True):
             if weight > 0:

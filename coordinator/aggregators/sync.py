@@ -17,7 +17,7 @@ from coordinator.aggregators.base import Dropped, Update, summarise
 
 
 def tree_sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The sum of at least one array in a fixed binary tree over their order; an odd one at the end moves up as it is."""
+    """The sum of one or more arrays in a fixed binary tree over their order; an odd one at the end moves up as it is."""
     level = list(arrays)
     while len(level) > 1:
         pairs = [a + b for a, b in zip(level[0::2], level[1::2], strict=False)]
@@ -38,6 +38,9 @@ class SyncAggregator:
         self._shards = shards
         self._taken = {c.shard: (c, finite) for c, finite in pending}
         self._version = version
+        foreign = [shard for shard in self._taken if shard not in self._ids()]
+        if foreign:
+            raise ValueError(f"pending shards {foreign} are not of version {version}, which has shards {self._ids()}")
         self._wanted = [shard for shard in self._ids() if shard not in self._taken]
         self._issued: set[int] = set()
 

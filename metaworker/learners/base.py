@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -50,6 +50,7 @@ class ShardResult:
     """Query accuracy (fraction) or mean squared error after adaptation."""
 
 
+@runtime_checkable
 class Learner(Protocol):
     """A meta-learning algorithm; see the module's docstring."""
 

@@ -9,7 +9,7 @@ First order drops the derivatives of the inner gradients: ∇_φ L_query(φ_T). 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from metaworker.inner_loop import gradient_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective
-from metaworker.learners.vectorise import differentiate
+from metaworker.learners.vectorise import Score, differentiate
 from metaworker.models.base import Backbone
 
 
@@ -82,7 +82,7 @@ class MAML:
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
-        return differentiate(self._episode_loss, theta, episodes, context.chunk)
+        return differentiate(theta, episodes, context.chunk, self._score, self._adapt, self._looped_score())
 
     def commit_state(
         self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
@@ -90,16 +90,24 @@ class MAML:
         """Update the running batch statistics."""
         return commit_running_statistics(state, proposals)
 
-    def _episode_loss(
-        self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensors]:
+    def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor) -> Tensors:
+        """Parameters after ``inner_steps`` training steps."""
+
         def loss(parameters: Mapping[str, Tensor]) -> Float[Tensor, ""]:
             return self.objective.loss(self.backbone(parameters, support_x, None)[0], support_y)
 
-        adapted = gradient_descent(loss, theta, self.inner_lr, self.inner_steps, self.first_order)[-1]
+        return gradient_descent(loss, theta, self.inner_lr, self.inner_steps, self.first_order)[-1]
+
+    def _score(
+        self, adapted: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensors]:
         given = self._query_statistics(adapted, support_x, None)
         outputs, observed = self.backbone(adapted, query_x, given)
         return self.objective.loss(outputs, query_y), self.objective.metric(outputs, query_y), observed
+
+    def _looped_score(self) -> Score | None:
+        """``_score`` by fused kernels, which give no gradient to statistics that others use."""
+        return None if self.batch_norm == "support" else replace(self, backbone=self.backbone.fused())._score
 
     def _query_statistics(
         self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None

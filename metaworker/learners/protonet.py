@@ -10,7 +10,7 @@ in training, and in evaluation with ``transductive`` batch-norm.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from cluster.messages import BatchNorm
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective
-from metaworker.learners.vectorise import differentiate
+from metaworker.learners.vectorise import Score, differentiate
 from metaworker.models.base import Backbone
 
 
@@ -79,7 +79,7 @@ class ProtoNet:
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query cross-entropy."""
-        return differentiate(self._episode_loss, theta, episodes, context.chunk)
+        return differentiate(theta, episodes, context.chunk, self._score, looped_score=self._looped_score())
 
     def commit_state(
         self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
@@ -87,13 +87,17 @@ class ProtoNet:
         """Update the running batch statistics."""
         return commit_running_statistics(state, proposals)
 
-    def _episode_loss(
+    def _score(
         self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
     ) -> tuple[Tensor, Tensor, Tensors]:
         given = self.backbone(theta, support_x, None)[1] or None if self.batch_norm == "support" else None
         embedded, observed = self.backbone(theta, torch.cat([support_x, query_x]), given)
         logits = self._logits(embedded, support_y)
         return self.objective.loss(logits, query_y), self.objective.metric(logits, query_y), observed
+
+    def _looped_score(self) -> Score | None:
+        """``_score`` by fused kernels, which give no gradient to statistics that others use."""
+        return None if self.batch_norm == "support" else replace(self, backbone=self.backbone.fused())._score
 
     def _logits(
         self, embedded: Float[Tensor, "sample embedding"], support_y: Int[Tensor, "support"]

@@ -13,25 +13,52 @@ from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from metaworker.learners.base import ShardResult
 
-EpisodeLoss = Callable[
+Adapt = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensors]
+"""One episode: (θ, support x, support y) -> adapted parameters."""
+
+Score = Callable[
     [Mapping[str, Tensor], Tensor, Tensor, Tensor, Tensor], tuple[Float[Tensor, ""], Float[Tensor, ""], Tensors]
 ]
-"""One episode: (θ, support x, support y, query x, query y) -> (query loss, metric, proposals)."""
+"""One episode: (parameters, support x, support y, query x, query y) -> (query loss, metric, proposals)."""
+
+LOOPED_FROM = 20
+"""Query samples an episode from which one episode fills the CPU's kernels: looping is faster than vectorising then."""
 
 
-def differentiate(loss: EpisodeLoss, theta: Mapping[str, Tensor], episodes: Episodes, chunk: int) -> ShardResult:
-    """Σ over episodes of ∂loss/∂θ.
+def differentiate(
+    theta: Mapping[str, Tensor],
+    episodes: Episodes,
+    chunk: int,
+    score: Score,
+    adapt: Adapt | None = None,
+    looped_score: Score | None = None,
+) -> ShardResult:
+    """Σ over episodes of ∂ score(adapt(θ)) / ∂θ.
 
-    θ enters ``vmap`` unbatched: all episodes share the first forward pass's weights, and autograd sums the
-    gradients without ever holding one per episode. Chunks are added in the order of episode ids.
+    θ enters ``vmap`` unbatched: the episodes share what is computed of θ itself, and autograd sums the gradients
+    without ever holding one per episode. Chunks are added in the order of episode ids.
+
+    Args:
+        theta: meta-parameters.
+        episodes: the shard's.
+        chunk: episodes vectorised at once.
+        score: the query loss of one episode, given its adapted parameters.
+        adapt: how one episode adapts θ; not at all when not given.
+        looped_score: ``score`` by kernels that are faster and work outside ``vmap`` only, for one episode after another.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
-    vectorised = vmap(loss, in_dims=(None, 0, 0, 0, 0))
+    loop = looped_score if episodes.query_x.shape[1] >= LOOPED_FROM and not episodes.query_x.is_cuda else None
     gradient: list[Tensor] = []
     losses, metrics, proposals = [], [], []
     for start in range(0, len(episodes), chunk):
         part = episodes.chunk(start, start + chunk)
-        values, scores, proposed = vectorised(leaves, part.support_x, part.support_y, part.query_x, part.query_y)
+        adapted = vmap(adapt, in_dims=(None, 0, 0))(leaves, part.support_x, part.support_y) if adapt else None
+        data = (part.support_x, part.support_y, part.query_x, part.query_y)
+        if loop is None:
+            dims = (None if adapted is None else 0, 0, 0, 0, 0)
+            values, scores, proposed = vmap(score, in_dims=dims)(leaves if adapted is None else adapted, *data)
+        else:
+            values, scores, proposed = _one_by_one(loop, leaves, adapted, data)
         found = torch.autograd.grad(values.sum(), list(leaves.values()))
         gradient = [a + b for a, b in zip(gradient, found, strict=True)] if gradient else list(found)
         losses.append(values.detach())
@@ -44,6 +71,21 @@ def differentiate(loss: EpisodeLoss, theta: Mapping[str, Tensor], episodes: Epis
         loss=torch.cat(losses),
         metric=torch.cat(metrics),
     )
+
+
+def _one_by_one(
+    score: Score, theta: Mapping[str, Tensor], adapted: Mapping[str, Tensor] | None, data: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensors]:
+    """What ``vmap(score)`` gives, by a loop over the episodes."""
+    episodes = range(len(data[0]))
+    tasks = [theta for _ in episodes]
+    if adapted is not None:
+        # unbind, not indexing: its backward is one stack instead of a full-size zero-filled gradient per episode.
+        split = {name: rows.unbind(0) for name, rows in adapted.items()}
+        tasks = [{name: rows[e] for name, rows in split.items()} for e in episodes]
+    scored = [score(tasks[e], *(part[e] for part in data)) for e in episodes]
+    proposals = {name: torch.stack([s[2][name] for s in scored]) for name in scored[0][2]}
+    return torch.stack([s[0] for s in scored]), torch.stack([s[1] for s in scored]), proposals
 
 
 def concatenate(parts: list[Tensors]) -> Tensors:

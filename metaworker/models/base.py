@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ Initialiser = Callable[[str, tuple[int, ...]], Tensor]
 """Standard normal draws by key: (name, shape) -> float32 tensor."""
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A network as a pure function ``(parameters, x, statistics) -> (output, statistics used)``.
 
@@ -25,6 +26,10 @@ class Backbone(Protocol):
     @property
     def output_size(self) -> int:
         """Width of the output: logits with a head, the embedding's size without one."""
+        ...
+
+    def fused(self) -> Backbone:
+        """The same function by kernels that are faster, work outside ``vmap`` only, and detach the statistics."""
         ...
 
     def parameters(self, normal: Initialiser) -> Tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,14 @@ class Conv4:
     Attributes:
         outputs: width of the linear head, or ``None`` for the embedding itself.
         strided: stride 2 and mean over space, instead of max-pooling and flattening.
-        fused: PyTorch's batch-norm kernel; only outside ``vmap``, and where no gradient flows through the statistics.
+        fused_kernels: see ``fused``.
     """
 
     sample_shape: tuple[int, int, int]
     channels: int
     strided: bool
     outputs: int | None
-    fused: bool = False
+    fused_kernels: bool = False
 
     @property
     def embedding_size(self) -> int:
@@ -54,6 +54,10 @@ class Conv4:
     def output_size(self) -> int:
         """Logits, or the embedding's width without a head."""
         return self.embedding_size if self.outputs is None else self.outputs
+
+    def fused(self) -> Conv4:
+        """The same function with PyTorch's batch-norm kernel."""
+        return replace(self, fused_kernels=True)
 
     def parameters(self, normal: Initialiser) -> Tensors:
         """Normal weights of Glorot's variance 2 / (fan in + fan out), scales 1, shifts and bias 0."""
@@ -87,7 +91,7 @@ class Conv4:
         for block in range(BLOCKS):
             x = conv3x3(x, parameters[f"conv.{block}"], stride=2 if self.strided else 1)
             scale, shift = parameters[f"scale.{block}"], parameters[f"shift.{block}"]
-            if self.fused and statistics is None:
+            if self.fused_kernels and statistics is None:
                 x, mean, variance = fused_batch_norm(x, scale, shift)
             else:
                 given = None if statistics is None else (statistics[f"mean.{block}"], statistics[f"variance.{block}"])

@@ -28,6 +28,10 @@ class MLP:
         """Width of the last layer."""
         return self.outputs
 
+    def fused(self) -> MLP:
+        """Itself."""
+        return self
+
     def parameters(self, normal: Initialiser) -> Tensors:
         """He-initialised weights (variance 2 / fan in; 1 / fan in for the last layer) and zero biases."""
         widths = (self.inputs, *self.hidden, self.outputs)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.durable import fsync_directory, write_atomically
+from cluster.durable import fsync_directory, write_atomically, write_bytes_atomically
 
 
 def test_writes_the_whole_file_and_nothing_beside_it(tmp_path):
@@ -86,6 +86,11 @@ def test_what_was_written_can_be_read_back_inside_write(tmp_path):
 
     write_atomically(tmp_path / "file", write)
     assert seen == [b"content"]
+
+
+def test_bytes_at_hand(tmp_path):
+    write_bytes_atomically(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def test_permissions_follow_the_umask(tmp_path):

@@ -15,7 +15,7 @@ from coordinator.report import RunSummary, evaluation_table, results_table
 EVALUATION: dict[str, Any] = {
     "accuracy": 0.851, "ci95": 0.0087, "precision": 0.853, "recall": 0.852, "f1": 0.845, "loss": 0.4,
     "steps": [0.203, 0.71, 0.851], "steps_ci95": [0.004, 0.01, 0.0087], "episodes": 600,
-    "split": "test", "way": 5, "shot": 1, "query": 15, "bn": "transductive", "checkpoint": "best",
+    "split": "test", "way": 5, "shot": 1, "query": 15, "bn": "transductive", "checkpoint": "best", "version": 1500,
 }  # fmt: skip
 
 SUMMARY = RunSummary(
@@ -88,7 +88,7 @@ def test_the_evaluation_has_a_row_per_step_and_says_what_was_measured() -> None:
         "2 85.1 ± 0.9 %",
         "",
         "test split, 5-way, 1-shot, 15 queries a class, 600 episodes",
-        "batch-norm transductive, checkpoint best",
+        "batch-norm transductive, checkpoint best (version 1500)",
         "macro precision 85.3 %, recall 85.2 %, F1 84.5 %",
     ]
     assert set(lines[2]) == {"─"}

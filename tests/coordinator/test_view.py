@@ -91,6 +91,14 @@ def test_plain_lines_hold_no_control_codes_whatever_a_message_holds() -> None:
     assert len(lines) == 3
 
 
+def test_a_message_may_come_before_the_start() -> None:
+    stream, terminal = io.StringIO(), Terminal()
+    PlainView(stream, log_every=5.0, clock=Clock()).message("preparing the glyphs")
+    LiveView(Console(file=terminal, force_terminal=True), Clock()).message("preparing the glyphs")
+    assert stream.getvalue() == "[0:00] preparing the glyphs\n"
+    assert "preparing the glyphs" in terminal.getvalue()
+
+
 def test_regression_shows_mse() -> None:
     stream = io.StringIO()
     view = PlainView(stream, log_every=5.0, clock=Clock())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from itertools import pairwise
@@ -40,6 +41,7 @@ def split_at(cuts: list[int], loss: np.ndarray, scores: np.ndarray, *, regressio
     return [
         EvaluationPart(
             part=part,
+            version=5,
             attempt=0,
             worker=0,
             first_episode=first + low,
@@ -159,10 +161,13 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
                 split_at([2], loss, regressed, regression=True)[1],
             ]
         )
+    first, second = split_at([2], loss, regressed, regression=True)
+    with pytest.raises(ValueError, match="differ in"):
+        combine([first, dataclasses.replace(second, version=6)])
     with pytest.raises(ValueError, match="start with"):
         combine(split_at([], loss, classified[:, :1], regression=False))
     with pytest.raises(ValueError, match="either confusion"):
-        combine([EvaluationPart(0, 0, 0, 0, loss, None, None)])
+        combine([EvaluationPart(0, 5, 0, 0, 0, loss, None, None)])
 
 
 def test_scores_read_well() -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -150,6 +151,7 @@ def test_a_store_is_never_overwritten(tmp_path):
         ({"classes": ClassTable(())}, "0 classes"),
         ({"classes": ClassTable(NAMES, {"family": ("x",)})}, "'family' must have 4 values, got 1"),
         ({"sample_metadata": {"drawer": ["x"]}}, "'drawer' must have 13 values, got 1"),
+        ({"classes": ClassTable(("a", "\udcff", "b", "c"))}, "not valid Unicode"),
         ({"sample_metadata": {"The drawer": ["x"] * 13}}, "lower-case names"),
     ],
 )
@@ -185,17 +187,29 @@ def test_what_is_no_store_is_refused(tmp_path):
 
 
 def test_a_crash_between_data_and_header_leaves_a_store_that_is_refused(tmp_path, monkeypatch):
-    class Crash(BaseException):
-        pass
-
-    def crash(path, header):
-        raise Crash
-
-    monkeypatch.setattr(store_writer, "write_header", crash)
-    with pytest.raises(Crash):
-        make(tmp_path / "s")
+    monkeypatch.setattr(store_writer, "write_header", lambda path, header: os.kill(os.getpid(), signal.SIGKILL))
+    writer = multiprocessing.get_context("fork").Process(target=make, args=(tmp_path / "s",))
+    writer.start()
+    writer.join(30)
+    assert writer.exitcode == -signal.SIGKILL
     assert os.listdir(tmp_path) == ["s"]
     refused(tmp_path / "s", "its ingest was interrupted")
+
+
+def test_a_failure_between_data_and_header_leaves_nothing(tmp_path, monkeypatch):
+    def full(path, header):
+        assert path.exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_writer, "write_header", full)
+    with pytest.raises(StoreError, match="No space left"):
+        make(tmp_path / "s")
+    assert os.listdir(tmp_path) == []
+    monkeypatch.undo()
+    samples, class_index, _ = content()
+    with pytest.raises(StoreError, match="shorten it"):
+        write_store(tmp_path / "s", samples, class_index, CLASSES, {}, {"source": "x" * store_header.HEADER_LIMIT})
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_header_of_another_store_is_refused(tmp_path):
@@ -424,6 +438,18 @@ def test_without_a_writable_cache_the_store_is_just_hashed(tmp_path, monkeypatch
     for _ in range(2):
         EpisodeStore.open(tmp_path / "s")
     assert len(hashed) == 2
+
+
+def test_a_user_without_a_home_can_open_a_store(tmp_path, monkeypatch):
+    def homeless(cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    make(tmp_path / "s")
+    monkeypatch.delenv("METAFLEET_CACHE")
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    hashed = count_hashes(monkeypatch)
+    EpisodeStore.open(tmp_path / "s")
+    assert len(hashed) == 1
 
 
 def _open_counting(path: Path, start, log: Path) -> None:

@@ -1,0 +1,10 @@
+"""All tests run with the shapes in the annotations of ``metaworker`` and ``cluster.flat`` checked, and on one thread."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import install_import_hook
+
+# Before any test module imports them. The rest of `cluster` annotates numpy arrays, and is tested without.
+install_import_hook(["cluster.flat", "metaworker"], "beartype.beartype")
+torch.set_num_threads(1)

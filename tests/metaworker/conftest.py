@@ -1,0 +1,112 @@
+"""What the learners' tests share: episodes of small pictures, and networks written plainly, independent of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.config import sections
+from cluster.episodes.types import Episodes
+
+SIDE = 12
+"""Height and width of the pictures."""
+
+PlainNet = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(parameters, x, statistics to normalise with or ``None``) -> (outputs, the batch statistics of every block)."""
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[..., Episodes]:
+    """Episodes of one-channel pictures: a pattern for each class of each episode, with noise."""
+
+    def draw(
+        episodes: int, way: int = 5, shot: int = 1, query: int = 3, seed: int = 0, noise: float = 0.7
+    ) -> Episodes:
+        generator = torch.Generator().manual_seed(seed)
+        patterns = torch.randn(episodes, way, 1, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+
+        def samples(count: int) -> tuple[Tensor, Tensor]:
+            drawn = torch.randn(episodes, way, count, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+            labels = torch.arange(way).repeat_interleave(count).repeat(episodes, 1)
+            return (patterns + noise * drawn).flatten(1, 2), labels
+
+        return Episodes(np.arange(100, 100 + episodes), way, *samples(shot), *samples(query), {})
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def waves() -> Callable[..., Episodes]:
+    """Regression episodes: sinusoids of any amplitude and phase on [−5, 5]."""
+
+    def draw(episodes: int, shot: int = 6, query: int = 9, seed: int = 0) -> Episodes:
+        generator = torch.Generator().manual_seed(seed)
+        amplitude = torch.rand(episodes, 1, 1, generator=generator, dtype=torch.float64) * 3 + 0.5
+        phase = torch.rand(episodes, 1, 1, generator=generator, dtype=torch.float64) * 3
+
+        def samples(count: int) -> tuple[Tensor, Tensor]:
+            x = torch.rand(episodes, count, 1, generator=generator, dtype=torch.float64) * 10 - 5
+            return x, amplitude * torch.sin(x - phase)
+
+        return Episodes(np.arange(episodes), 1, *samples(shot), *samples(query), {})
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def plain_net() -> Callable[[sections.Model], PlainNet]:
+    """The forward pass of a configured model by ``torch.nn.functional``, from the papers and the parameters' names."""
+    return lambda model: {"conv4_strided": _strided, "conv4_pool": _pooled, "mlp": _mlp}[model.type]
+
+
+def _strided(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None):
+    seen: dict[str, Tensor] = {}
+    for block in range(4):
+        x = F.conv2d(x, parameters[f"conv.{block}"], stride=2, padding=1)
+        x = F.relu(_batch_norm(parameters, x, block, statistics, seen))
+    return _head(parameters, F.adaptive_avg_pool2d(x, 1).flatten(1)), seen
+
+
+def _pooled(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None):
+    seen: dict[str, Tensor] = {}
+    for block in range(4):
+        x = F.conv2d(x, parameters[f"conv.{block}"], padding=1)
+        x = F.relu(_batch_norm(parameters, x, block, statistics, seen))
+        # The 12 × 12 pictures of these tests are 1 × 1 behind the third pool.
+        x = F.max_pool2d(x, 2) if block < 3 else x
+    return _head(parameters, x.flatten(1)), seen
+
+
+def _mlp(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None):
+    layers = sum(name.startswith("weight.") for name in parameters)
+    x = x.flatten(1)
+    for layer in range(layers):
+        x = F.linear(x, parameters[f"weight.{layer}"], parameters[f"bias.{layer}"])
+        x = F.relu(x) if layer < layers - 1 else x
+    return x, {}
+
+
+def _head(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    return F.linear(x, parameters["head.weight"], parameters["head.bias"]) if "head.weight" in parameters else x
+
+
+def _batch_norm(
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+    block: int,
+    statistics: Mapping[str, Tensor] | None,
+    seen: dict[str, Tensor],
+) -> Tensor:
+    scale, shift = parameters[f"scale.{block}"], parameters[f"shift.{block}"]
+    rows = x.transpose(0, 1).flatten(1)
+    seen[f"mean.{block}"], seen[f"variance.{block}"] = rows.mean(1), rows.var(1, unbiased=False)
+    if statistics is None:
+        return F.batch_norm(x, None, None, scale, shift, training=True)
+    # F.batch_norm gives its running statistics no gradient; those of a support set have one.
+    mean, variance = (statistics[f"{name}.{block}"].reshape(-1, 1, 1) for name in ("mean", "variance"))
+    return (x - mean) / torch.sqrt(variance + 1e-5) * scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
