@@ -18,7 +18,7 @@ WORKSPACE = ":4096:8"
 """cuBLAS workspace with which its matrix products are deterministic."""
 
 MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
-"""glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD: never map tensors singly, never give memory back, grow by 64 MiB."""
+"""glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: map no tensor singly, give no memory back, grow by 64 MiB."""
 
 
 def prepare(device: str, threads: int) -> torch.device:

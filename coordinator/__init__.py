@@ -1,1 +1,1 @@
-"""The outer loop: train loop, dispatch, aggregation, meta-state, checkpoints, the command line. Knows ``metaworker``."""
+"""The outer loop: train loop, dispatch, aggregation, meta-state, checkpoints, command line. Knows ``metaworker``."""

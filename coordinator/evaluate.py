@@ -1,4 +1,4 @@
-"""``metafleet evaluate``: a run's checkpoint on fixed episodes of its own data or of another store, over the workers."""
+"""``metafleet evaluate``: a run's checkpoint on fixed episodes of its own data or of another store."""
 
 from __future__ import annotations
 

@@ -334,16 +334,26 @@ def _plot(config: RunConfig, run: RunDirectory, evaluation: dict[str, Any] | Non
     from coordinator.plots import adaptation_curve, learning_curve
 
     metric: MetricName = "mse" if config.regression else "accuracy"
-    learning_curve(read_history(run.history), run.path / "learning_curve.png", title=config.name, metric=metric)
+    title = summary_line(config)
+    learning_curve(read_history(run.history), run.path / "learning_curve.png", title=title, metric=metric)
     if evaluation is not None:
         adaptation_curve(
             evaluation["steps"],
             evaluation["steps_ci95"],
             run.path / "adaptation_curve.png",
-            title=config.name,
+            title=evaluation_title(config.name, evaluation),
             metric=metric,
             chance=None if config.regression else 1 / evaluation["way"],
         )
+
+
+def evaluation_title(name: str, evaluation: dict[str, Any]) -> str:
+    """One line on what was evaluated."""
+    shape = f"{evaluation['shot']}-shot"
+    if "accuracy" in evaluation:
+        shape = f"{evaluation['way']}-way {shape}"
+    episodes = f"{evaluation['episodes']:,} episodes"
+    return " · ".join((name, f"{evaluation['split']} split", shape, episodes, f"batch-norm {evaluation['bn']}"))
 
 
 def _summary(

@@ -20,6 +20,7 @@ from cluster.config.sections import AsyncAggregator
 from cluster.errors import FingerprintError, MetafleetError, NumericsError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from cluster.metrics import Metrics
+from coordinator.aggregators.asynchronous import staleness_weight
 from coordinator.aggregators.base import Aggregator, Dropped, Update
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
@@ -97,7 +98,9 @@ class Trainer:
         self._expected = dict(expected or {})
         config = resources.config
         aggregation = config.aggregator
-        bound = aggregation.staleness_bound if isinstance(aggregation, AsyncAggregator) else 0
+        bound, self._exponent = 0, 0.0
+        if isinstance(aggregation, AsyncAggregator):
+            bound, self._exponent = aggregation.staleness_bound, aggregation.staleness_exponent
         self._recent = deque(recent, maxlen=bound) if bound else deque[Published](maxlen=0)
         self._optimizer = OuterOptimizer(config)
         self._dropped: list[Dropped] = []
@@ -157,7 +160,8 @@ class Trainer:
         result = self._aggregator.add(contribution, version, finite=accepted.finite)
         staleness = version - contribution.base_version
         counts = accepted.finite and not isinstance(result, Dropped)
-        self._r.metrics.contribution(contribution, staleness, accepted.seconds, 1.0 if counts else 0.0)
+        weight = staleness_weight(staleness, self._exponent) if counts else 0.0
+        self._r.metrics.contribution(contribution, staleness, accepted.seconds, weight)
         if isinstance(result, Dropped):
             self._dropped.append(result)
             self.progress.failures["stale"] += 1

@@ -44,7 +44,7 @@ def differentiate(
         chunk: episodes vectorised at once.
         score: the query loss of one episode, given its adapted parameters.
         adapt: how one episode adapts θ; not at all when not given.
-        looped_score: ``score`` by kernels that are faster and work outside ``vmap`` only, for one episode after another.
+        looped_score: ``score`` by kernels that are faster but work outside ``vmap`` only.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
     loop = looped_score if episodes.query_x.shape[1] >= LOOPED_FROM and not episodes.query_x.is_cuda else None

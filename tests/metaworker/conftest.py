@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cluster.config import sections
 from cluster.episodes.types import Episodes
+from cluster.flat import Tensors
+from metaworker.learners.base import Learner
 
 SIDE = 12
 """Height and width of the pictures."""
@@ -24,9 +26,7 @@ PlainNet = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 def pictures() -> Callable[..., Episodes]:
     """Episodes of one-channel pictures: a pattern for each class of each episode, with noise."""
 
-    def draw(
-        episodes: int, way: int = 5, shot: int = 1, query: int = 3, seed: int = 0, noise: float = 0.7
-    ) -> Episodes:
+    def draw(episodes: int, way: int = 5, shot: int = 1, query: int = 3, seed: int = 0, noise: float = 0.7) -> Episodes:
         generator = torch.Generator().manual_seed(seed)
         patterns = torch.randn(episodes, way, 1, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
 
@@ -54,6 +54,24 @@ def waves() -> Callable[..., Episodes]:
             return x, amplitude * torch.sin(x - phase)
 
         return Episodes(np.arange(episodes), 1, *samples(shot), *samples(query), {})
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def perturbed() -> Callable[[Learner], tuple[Tensors, Tensors]]:
+    """Parameters and state of a learner in float64, moved off the zeros and ones that they start with."""
+
+    def draw(learner: Learner) -> tuple[Tensors, Tensors]:
+        generator = torch.Generator().manual_seed(3)
+
+        def noise(tensor: Tensor) -> Tensor:
+            return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+        theta = {name: tensor.double() + 0.1 * noise(tensor) for name, tensor in learner.meta_parameters(3).items()}
+        # Variances stay positive, and a net that is normalised by such statistics stays alive.
+        state = {name: 0.2 * tensor.double() + 0.02 * noise(tensor) for name, tensor in learner.initial_state().items()}
+        return theta, state
 
     return draw
 

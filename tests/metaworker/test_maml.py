@@ -28,6 +28,9 @@ MLP = sections.MLP(hidden=(8, 8))
 FEW, MANY = 2, 5
 """Query samples a class of the 5: below and above where the learner scores episodes one by one instead of vectorised."""
 
+Draw = Callable[..., Episodes]
+Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]
+
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -41,13 +44,6 @@ def learner_of(model: sections.Model, way: int = 5, **options: Any) -> Learner:
         data=sections.GlyphsData() if way > 1 else sections.SinusoidData(),
     )
     return build_learner(config, (1, 12, 12) if way > 1 else (1,))
-
-
-def parameters_of(learner: Learner, seed: int = 3) -> Tensors:
-    """Initial parameters in float64, moved off the ones and zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    theta = learner.meta_parameters(seed)
-    return {n: t.double() + 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.double) for n, t in theta.items()}
 
 
 @dataclass(frozen=True)
@@ -96,10 +92,16 @@ def check(learner: Learner, theta: Tensors, episodes: Episodes, expected: Expect
 @pytest.mark.parametrize(("steps", "first_order"), [(1, False), (3, False), (2, True)])
 @pytest.mark.parametrize("model", [STRIDED, POOLED], ids=lambda m: m.type)
 def test_meta_gradient_is_that_of_nested_autograd(
-    model: sections.Model, steps: int, first_order: bool, query: int, pictures: Callable[..., Episodes], plain_net: Any
+    model: sections.Model,
+    steps: int,
+    first_order: bool,
+    query: int,
+    pictures: Draw,
+    plain_net: Any,
+    perturbed: Perturbed,
 ) -> None:
     learner = learner_of(model, inner_steps=steps, first_order=first_order)
-    theta, episodes = parameters_of(learner), pictures(3, query=query)
+    (theta, _), episodes = perturbed(learner), pictures(3, query=query)
     expected = nested_autograd(plain_net(model), theta, episodes, 0.2, steps, first_order, "transductive")
     check(learner, theta, episodes, expected)
 
@@ -113,11 +115,12 @@ def test_meta_gradient_by_batch_norm_mode(
     mode: Any,
     first_order: bool,
     query: int,
-    pictures: Callable[..., Episodes],
+    pictures: Draw,
     plain_net: Any,
+    perturbed: Perturbed,
 ) -> None:
     learner = learner_of(model.model_copy(update={"batch_norm": mode}), inner_steps=2, first_order=first_order)
-    theta, episodes = parameters_of(learner), pictures(3, shot=2, query=query)
+    (theta, _), episodes = perturbed(learner), pictures(3, shot=2, query=query)
     expected = nested_autograd(plain_net(model), theta, episodes, 0.2, 2, first_order, mode)
     check(learner, theta, episodes, expected)
 
@@ -125,10 +128,10 @@ def test_meta_gradient_by_batch_norm_mode(
 @pytest.mark.parametrize("query", [9, 30])
 @pytest.mark.parametrize(("steps", "first_order"), [(1, False), (3, False), (3, True)])
 def test_meta_gradient_of_regression(
-    steps: int, first_order: bool, query: int, waves: Callable[..., Episodes], plain_net: Any
+    steps: int, first_order: bool, query: int, waves: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner = learner_of(MLP, way=1, inner_lr=0.02, inner_steps=steps, first_order=first_order)
-    theta, episodes = parameters_of(learner), waves(5, query=query)
+    (theta, _), episodes = perturbed(learner), waves(5, query=query)
     expected = nested_autograd(plain_net(MLP), theta, episodes, 0.02, steps, first_order, "transductive")
     check(learner, theta, episodes, expected)
 
@@ -151,9 +154,9 @@ class Conv4Module(nn.Module):
 
 
 @pytest.mark.parametrize(("steps", "first_order"), [(1, False), (3, False), (1, True), (3, True)])
-def test_meta_gradient_is_that_of_higher(steps: int, first_order: bool, pictures: Callable[..., Episodes]) -> None:
+def test_meta_gradient_is_that_of_higher(steps: int, first_order: bool, pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(STRIDED, inner_steps=steps, first_order=first_order)
-    theta, episodes = parameters_of(learner), pictures(3)
+    (theta, _), episodes = perturbed(learner), pictures(3)
     module = Conv4Module(channels=4, way=5).double()
     ours = {f"conv.{b}.weight": f"conv.{b}" for b in range(4)} | {f"norm.{b}.weight": f"scale.{b}" for b in range(4)}
     ours |= {f"norm.{b}.bias": f"shift.{b}" for b in range(4)} | {n: n for n in ("head.weight", "head.bias")}
@@ -178,12 +181,10 @@ def test_meta_gradient_is_that_of_higher(steps: int, first_order: bool, pictures
 @pytest.mark.parametrize("mode", ["transductive", "support", "running"])
 @pytest.mark.parametrize("model", [STRIDED, POOLED], ids=lambda m: m.type)
 def test_evaluation_is_gradient_descent_in_each_batch_norm_mode(
-    model: sections.Conv4Strided | sections.Conv4Pool, mode: Any, pictures: Callable[..., Episodes], plain_net: Any
+    model: sections.Conv4Strided | sections.Conv4Pool, mode: Any, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner = learner_of(model.model_copy(update={"batch_norm": mode}), eval_steps=3)
-    theta, episodes, net = parameters_of(learner), pictures(1, shot=2), plain_net(model)
-    generator = torch.Generator().manual_seed(1)
-    state = {n: t.double() + torch.rand(t.shape, generator=generator) for n, t in learner.initial_state().items()}
+    (theta, state), episodes, net = perturbed(learner), pictures(1, shot=2), plain_net(model)
     support_x, support_y, query_x = episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     kept = state if mode == "running" else None
     fast = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
@@ -194,19 +195,23 @@ def test_evaluation_is_gradient_descent_in_each_batch_norm_mode(
         if step < 3:
             loss = F.cross_entropy(net(fast, support_x, kept)[0], support_y)
             gradients = torch.autograd.grad(loss, list(fast.values()))
-            fast = {n: (t - 0.2 * g).detach().requires_grad_() for (n, t), g in zip(fast.items(), gradients, strict=True)}
+            fast = {
+                n: (t - 0.2 * g).detach().requires_grad_() for (n, t), g in zip(fast.items(), gradients, strict=True)
+            }
+    assert all(outputs.std(0).min() > 1e-3 for outputs in expected), "a dead net would agree with anything"
     models = learner.adapt(theta, state, support_x, support_y, {})
     close([learner.predict(task, query_x) for task in models], expected)
 
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("mode", ["transductive", "support", "running"])
-def test_order_of_support_samples_does_not_matter(mode: Any, first_order: bool, pictures: Callable[..., Episodes]) -> None:
+def test_order_of_support_samples_does_not_matter(
+    mode: Any, first_order: bool, pictures: Draw, perturbed: Perturbed
+) -> None:
     learner = learner_of(
         STRIDED.model_copy(update={"batch_norm": mode}), inner_steps=2, eval_steps=3, first_order=first_order
     )
-    theta, state, episodes = parameters_of(learner), learner.initial_state(), pictures(2, shot=2)
-    state = {name: tensor.double() for name, tensor in state.items()}
+    (theta, state), episodes = perturbed(learner), pictures(2, shot=2)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     shuffled = replace(episodes, support_x=episodes.support_x[:, order], support_y=episodes.support_y[:, order])
     results = [learner.contribute(theta, state, given, Context(0, 2)) for given in (episodes, shuffled)]
@@ -218,9 +223,9 @@ def test_order_of_support_samples_does_not_matter(mode: Any, first_order: bool, 
     close(outputs[1], outputs[0])
 
 
-def test_renamed_classes_and_heads_rename_the_outputs(pictures: Callable[..., Episodes]) -> None:
+def test_renamed_classes_and_heads_rename_the_outputs(pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(POOLED, eval_steps=3)
-    theta, episodes = parameters_of(learner), pictures(1, shot=2)
+    (theta, _), episodes = perturbed(learner), pictures(1, shot=2)
     # Class c is called names[c] now, and its row of the head moves there.
     names = torch.tensor([3, 0, 4, 1, 2])
     rows = names.argsort()

@@ -24,6 +24,9 @@ MODES = ("transductive", "support", "running")
 FEW, MANY = 2, 5
 """Query samples a class of the 5: below and above where the learner scores episodes one by one instead of vectorised."""
 
+Draw = Callable[..., Episodes]
+Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]
+
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -32,19 +35,6 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 def learner_of(model: sections.Model, mode: str = "transductive", way: int | None = None) -> Learner:
     model = model if isinstance(model, sections.MLP) else model.model_copy(update={"batch_norm": mode})
     return build_learner(RunConfig(learner=sections.ProtoNet(), model=model), (1, 12, 12), way=way)
-
-
-def parameters_of(learner: Learner, seed: int = 3) -> Tensors:
-    """Initial parameters in float64, moved off the ones and zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    theta = learner.meta_parameters(seed)
-    return {n: t.double() + 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.double) for n, t in theta.items()}
-
-
-def state_of(learner: Learner) -> Tensors:
-    """Running statistics in float64 that are none of those before training."""
-    generator = torch.Generator().manual_seed(1)
-    return {n: t.double() + torch.rand(t.shape, generator=generator) for n, t in learner.initial_state().items()}
 
 
 def plain_logits(
@@ -62,10 +52,10 @@ def plain_logits(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.type)
 def test_meta_gradient_is_that_of_plain_autograd(
-    model: sections.Model, mode: str, query: int, pictures: Callable[..., Episodes], plain_net: Any
+    model: sections.Model, mode: str, query: int, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner, net = learner_of(model, mode), plain_net(model)
-    theta, episodes = parameters_of(learner), pictures(3, shot=2, query=query)
+    (theta, state), episodes = perturbed(learner), pictures(3, shot=2, query=query)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
     losses, metrics, seen = [], [], []
     for e in range(len(episodes)):
@@ -77,7 +67,7 @@ def test_meta_gradient_is_that_of_plain_autograd(
         seen.append(statistics)
     gradient = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
     for chunk in (3, 1, 2):
-        result = learner.contribute(theta, state_of(learner), episodes, Context(0, chunk))
+        result = learner.contribute(theta, state, episodes, Context(0, chunk))
         close(dict(result.gradient), dict(zip(leaves, gradient, strict=True)))
         close(result.loss, torch.stack(losses).detach())
         close(result.metric, torch.stack(metrics))
@@ -88,13 +78,14 @@ def test_meta_gradient_is_that_of_plain_autograd(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.type)
 def test_evaluation_compares_distances_in_each_batch_norm_mode(
-    model: sections.Model, mode: str, way: int, pictures: Callable[..., Episodes], plain_net: Any
+    model: sections.Model, mode: str, way: int, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner, net = learner_of(model, mode, way), plain_net(model)
-    theta, state, episodes = parameters_of(learner), state_of(learner), pictures(1, way=way, shot=2)
+    (theta, state), episodes = perturbed(learner), pictures(1, way=way, shot=2)
     support_x, support_y, query_x = episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     given = {"support": net(theta, support_x)[1], "running": state, "transductive": None}[mode]
     expected, _ = plain_logits(net, theta, support_x, support_y, query_x, given or None, way)
+    assert expected.softmax(1).std(0).min() > 1e-3, "a dead net would agree with anything"
     (task,) = learner.adapt(theta, state, support_x, support_y, {})
     logits = learner.predict(task, query_x)
     close(logits.softmax(1), expected.softmax(1))
@@ -103,9 +94,9 @@ def test_evaluation_compares_distances_in_each_batch_norm_mode(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_renaming_classes_renames_the_outputs(mode: str, pictures: Callable[..., Episodes]) -> None:
+def test_renaming_classes_renames_the_outputs(mode: str, pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(MODELS[0], mode)
-    theta, state, episodes = parameters_of(learner), state_of(learner), pictures(2, shot=2)
+    (theta, state), episodes = perturbed(learner), pictures(2, shot=2)
     # Class c is called names[c] now.
     names = torch.tensor([3, 0, 4, 1, 2])
     renamed = replace(episodes, support_y=names[episodes.support_y], query_y=names[episodes.query_y])
@@ -120,9 +111,9 @@ def test_renaming_classes_renames_the_outputs(mode: str, pictures: Callable[...,
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_order_of_support_samples_does_not_matter(mode: str, pictures: Callable[..., Episodes]) -> None:
+def test_order_of_support_samples_does_not_matter(mode: str, pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(MODELS[1], mode)
-    theta, state, episodes = parameters_of(learner), state_of(learner), pictures(2, shot=2)
+    (theta, state), episodes = perturbed(learner), pictures(2, shot=2)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
     shuffled = replace(episodes, support_x=episodes.support_x[:, order], support_y=episodes.support_y[:, order])
     outputs = []
@@ -134,9 +125,9 @@ def test_order_of_support_samples_does_not_matter(mode: str, pictures: Callable[
     close(dict(second.gradient), dict(first.gradient))
 
 
-def test_classes_of_different_sizes_have_prototypes_of_their_own_samples(pictures: Callable[..., Episodes]) -> None:
+def test_classes_of_different_sizes_have_prototypes_of_their_own_samples(pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(sections.MLP(hidden=()), way=2)
-    theta, episodes = parameters_of(learner), pictures(1, way=3)
+    (theta, state), episodes = perturbed(learner), pictures(1, way=3)
     weight, bias = theta["weight.0"], theta["bias.0"]
     embedded = episodes.support_x[0].flatten(1) @ weight.T + bias
     query = episodes.query_x[0].flatten(1) @ weight.T + bias

@@ -27,6 +27,9 @@ RATES = {"sgd": 0.1, "adam": 1e-3}
 """Where a gradient is zero but for rounding, Adam's 1e-8 magnifies that by 1e8 times the step size: hence a small one."""
 MODES = ("transductive", "support", "running")
 
+Draw = Callable[..., Episodes]
+Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]
+
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
     assert_close(actual, expected, rtol=tolerance, atol=tolerance)
@@ -37,13 +40,6 @@ def learner_of(model: sections.Model, optimizer: Any, way: int = 5, **options: A
     data = sections.GlyphsData() if way > 1 else sections.SinusoidData()
     config = RunConfig(learner=reptile, model=model, episode=sections.EpisodeShape(way=way), data=data)
     return build_learner(config, (1, 12, 12) if way > 1 else (1,))
-
-
-def parameters_of(learner: Learner, seed: int = 3) -> Tensors:
-    """Initial parameters in float64, moved off the ones and zeros among them."""
-    generator = torch.Generator().manual_seed(seed)
-    theta = learner.meta_parameters(seed)
-    return {n: t.double() + 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.double) for n, t in theta.items()}
 
 
 def trained(
@@ -64,9 +60,8 @@ def trained(
 
 
 def check_contribution(
-    learner: Learner, net: Any, episodes: Episodes, rows: Sequence[Tensor], optimizer: str, lr: float
+    learner: Learner, theta: Tensors, net: Any, episodes: Episodes, rows: Sequence[Tensor], optimizer: str, lr: float
 ) -> None:
-    theta = parameters_of(learner)
     total = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
     losses, metrics, seen = [], [], []
     for e in range(len(episodes)):
@@ -92,40 +87,43 @@ def test_meta_gradient_is_the_way_of_full_batch_training(
     model: sections.Conv4Strided | sections.Conv4Pool,
     optimizer: str,
     mode: str,
-    pictures: Callable[..., Episodes],
+    pictures: Draw,
     plain_net: Any,
+    perturbed: Perturbed,
 ) -> None:
     chosen = model.model_copy(update={"batch_norm": mode})
     learner = learner_of(chosen, optimizer, inner_steps=3, inner_batch=20)
     everything = [torch.arange(20)] * 3
-    check_contribution(learner, plain_net(model), pictures(3), everything, optimizer, RATES[optimizer])
+    check_contribution(
+        learner, perturbed(learner)[0], plain_net(model), pictures(3), everything, optimizer, RATES[optimizer]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_meta_gradient_is_the_way_of_minibatch_training(
-    optimizer: str, pictures: Callable[..., Episodes], plain_net: Any
+    optimizer: str, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner = learner_of(STRIDED, optimizer, inner_steps=5, inner_batch=8)
     rows = minibatches(20, 8, 5)
-    check_contribution(learner, plain_net(STRIDED), pictures(3), rows, optimizer, RATES[optimizer])
+    check_contribution(
+        learner, perturbed(learner)[0], plain_net(STRIDED), pictures(3), rows, optimizer, RATES[optimizer]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_meta_gradient_of_regression(optimizer: str, waves: Callable[..., Episodes], plain_net: Any) -> None:
+def test_meta_gradient_of_regression(optimizer: str, waves: Draw, plain_net: Any, perturbed: Perturbed) -> None:
     learner = learner_of(MLP, optimizer, way=1, inner_steps=4, inner_batch=5, inner_lr=0.01)
-    check_contribution(learner, plain_net(MLP), waves(5), minibatches(15, 5, 4), optimizer, 0.01)
+    check_contribution(learner, perturbed(learner)[0], plain_net(MLP), waves(5), minibatches(15, 5, 4), optimizer, 0.01)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_evaluation_trains_on_the_support_set_in_each_batch_norm_mode(
-    optimizer: str, mode: str, pictures: Callable[..., Episodes], plain_net: Any
+    optimizer: str, mode: str, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     model = STRIDED.model_copy(update={"batch_norm": mode})
     learner = learner_of(model, optimizer, eval_steps=5, eval_inner_batch=4)
-    theta, episodes, net = parameters_of(learner), pictures(1, shot=2), plain_net(model)
-    generator = torch.Generator().manual_seed(1)
-    state = {n: t.double() + torch.rand(t.shape, generator=generator) for n, t in learner.initial_state().items()}
+    (theta, state), episodes, net = perturbed(learner), pictures(1, shot=2), plain_net(model)
     support_x, support_y, query_x = episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     kept = state if mode == "running" else None
     rows = minibatches(10, 4, 5)
@@ -133,13 +131,14 @@ def test_evaluation_trains_on_the_support_set_in_each_batch_norm_mode(
     for point in trained(net, theta, support_x, support_y, rows, optimizer, RATES[optimizer], kept):
         given = net(point, support_x)[1] if mode == "support" else kept
         expected.append(net(point, query_x, given)[0])
+    assert all(outputs.std(0).min() > 1e-3 for outputs in expected), "a dead net would agree with anything"
     models = learner.adapt(theta, state, support_x, support_y, {})
     close([learner.predict(task, query_x) for task in models], expected)
 
 
-def test_second_moments_start_anew_for_each_task(pictures: Callable[..., Episodes]) -> None:
+def test_second_moments_start_anew_for_each_task(pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(STRIDED, "adam", inner_steps=4, inner_batch=10)
-    theta, episodes = parameters_of(learner), pictures(2)
+    (theta, _), episodes = perturbed(learner), pictures(2)
     together = learner.contribute(theta, {}, episodes, Context(0, 1)).gradient
     apart = [learner.contribute(theta, {}, episodes.chunk(e, e + 1), Context(0, 1)).gradient for e in range(2)]
     close(dict(together), {name: apart[0][name] + apart[1][name] for name in theta})
