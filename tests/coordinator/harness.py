@@ -1,0 +1,288 @@
+"""What the coordinator's tests share: made-up contributions, a scripted pool, and whole runs in this process.
+
+    contribution   a contribution whose digest is right
+    FakePool       workers that do what a test says, and check what they are given
+    TINY           the configuration of a run of some milliseconds
+    Harness        such a run from its directory to its last version, by the functions that `metafleet train` uses
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from cluster.config.run import RunConfig
+from cluster.config.sections import (
+    MAML,
+    MLP,
+    EpisodeShape,
+    Evaluation,
+    Execution,
+    Shard,
+    SinusoidData,
+    SyncAggregator,
+)
+from cluster.messages import (
+    Contribution,
+    EvaluationPart,
+    EvaluationTask,
+    Published,
+    ShardStatistics,
+    ShardTask,
+    WorkerHello,
+)
+from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady
+
+# ------------------------------------------------------------------------------------------------------- contributions
+
+
+def contribution(
+    shard: int,
+    base_version: int = 0,
+    gradient: object = (1.0, 2.0, 3.0),
+    *,
+    episodes: int = 2,
+    loss: float = 0.5,
+    metric: float = 0.25,
+    attempt: int = 0,
+    worker: int = 0,
+    proposals: Mapping[str, np.ndarray] | None = None,
+) -> Contribution:
+    """A contribution as a worker would send it."""
+    made = Contribution(
+        shard=shard,
+        base_version=base_version,
+        attempt=attempt,
+        worker=worker,
+        gradient=np.array(gradient, dtype=np.float32),
+        episodes=episodes,
+        proposals=proposals or {},
+        statistics=ShardStatistics(loss, metric, 0.001, 0.002, 0.003, 1000),
+        fingerprint="f",
+    )
+    return replace(made, digest=made.content_digest())
+
+
+def answer(slot: int, order: Order) -> Contribution | EvaluationPart:
+    """What a worker in ``slot`` answers to an order: a function of the order alone, apart from who it is from."""
+    if isinstance(order, EvaluationTask):
+        errors = np.arange(order.first_episode, order.first_episode + order.episodes, dtype=np.float64)[:, None]
+        return EvaluationPart(order.part, order.base_version, order.attempt, slot, order.first_episode, errors, None, errors)
+    rng = np.random.default_rng([order.shard, order.base_version])
+    gradient = rng.standard_normal(5, dtype=np.float32)
+    return contribution(
+        order.shard,
+        order.base_version,
+        gradient,
+        episodes=order.episodes,
+        loss=float(rng.uniform()),
+        attempt=order.attempt,
+        worker=slot,
+    )
+
+
+def hello(slot: int = 0, store: str = "store", split: str = "split", fingerprint: str = "f") -> WorkerHello:
+    """A worker's greeting."""
+    return WorkerHello(slot, 1000 + slot, "node", store, split, fingerprint, {"cpu": fingerprint})
+
+
+# ------------------------------------------------------------------------------------------------------- scripted pool
+
+
+def identity(order: Order) -> Order:
+    """The order, whatever the attempt."""
+    return replace(order, attempt=0)
+
+
+@dataclass
+class _Worker:
+    orders: list[Order] = field(default_factory=list)
+    dead: bool = False
+    """Dead, and nobody has been told yet."""
+
+
+class FakePool:
+    """Workers that do what the test says: nothing happens by itself, and every call is checked.
+
+    The script methods (``ready``, ``reply``, ``lose``, ``error`` …) put events where ``wait`` finds them, in the order
+    in which they are called. What it is given must obey the ``Pool`` protocol: orders go to ready workers, at most
+    ``limit`` each, with the handle of their base version; attempts of an order count up from 0 one by one; only a slot
+    whose loss has been told is replaced, once.
+
+    Args:
+        slots: how many there are; none is ready before the test says so.
+        limit: most orders that a worker may have.
+        answers: what a worker computes, from its slot and the order.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        limit: int = 2,
+        answers: Callable[[int, Order], Contribution | EvaluationPart] = answer,
+    ) -> None:
+        self._slots = slots
+        self._limit = limit
+        self._answers = answers
+        self._workers: dict[int, _Worker] = {}
+        self._starting = set(range(slots))
+        self._lost: set[int] = set()
+        self._events: deque[Event] = deque()
+        self._attempts: dict[Order, int] = {}
+        self.known: set[int] = set()
+        """Slots whose worker is ready as far as anyone has been told."""
+        self.late: list[Event] = []
+        """Events of dead workers that still have to arrive; a test moves them by ``release``."""
+        self.submitted: list[tuple[int, Order]] = []
+        self.replaced: list[int] = []
+        self.suspects: dict[Order, int] = {}
+        """Who gave the first non-finite reply, or failed last, at an order that is not settled."""
+
+    # ------------------------------------------------------------------------------------------------- the interface
+
+    @property
+    def size(self) -> int:
+        return self._slots
+
+    def publish(self, published: Published) -> Handle:
+        return ("handle", published.version)
+
+    def submit(self, slot: int, order: Order, handle: Handle) -> None:
+        assert slot in self.known, f"worker {slot} is not ready"
+        assert handle == ("handle", order.base_version), f"{handle} is not the handle of {order}"
+        expected = self._attempts.get(identity(order), -1) + 1
+        assert order.attempt == expected, f"attempt {order.attempt} of {order}, expected {expected}"
+        suspect = self.suspects.get(identity(order))
+        assert slot != suspect or self.known == {slot}, f"{order} goes back to worker {slot}, there are others"
+        self._attempts[identity(order)] = order.attempt
+        worker = self._workers[slot]
+        assert len(worker.orders) < self._limit, f"worker {slot} has {len(worker.orders)} orders already"
+        worker.orders.append(order)
+        self.submitted.append((slot, order))
+
+    def wait(self, timeout: float) -> Event | None:
+        assert timeout > 0
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        match event:
+            case WorkerReady(slot):
+                self.known.add(slot)
+            case Failed(slot, order, kind):
+                if kind == "worker_lost" and slot in self._workers and self._workers[slot].dead:
+                    self._bury(slot)
+                if order is not None:
+                    self.suspects[identity(order)] = slot
+            case Reply(slot, order, Contribution() as result) if not result.finite:
+                self.suspects[identity(order)] = slot
+            case Reply(_, order):
+                self.suspects.pop(identity(order), None)
+        return event
+
+    def replace(self, slot: int) -> None:
+        assert slot in self._lost, f"worker {slot} is replaced without having been lost"
+        self._lost.remove(slot)
+        self._starting.add(slot)
+        self.replaced.append(slot)
+
+    def close(self) -> None:
+        raise AssertionError("the pool is not the dispatcher's to close")
+
+    # ------------------------------------------------------------------------------------------------------ the script
+
+    @property
+    def starting(self) -> list[int]:
+        """Slots whose worker is being started."""
+        return sorted(self._starting)
+
+    @property
+    def busy(self) -> list[int]:
+        """Slots of living workers that have orders."""
+        return sorted(slot for slot, worker in self._workers.items() if worker.orders and not worker.dead)
+
+    @property
+    def alive(self) -> list[int]:
+        """Slots of living workers."""
+        return sorted(slot for slot, worker in self._workers.items() if not worker.dead)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is left to arrive or to be computed."""
+        return not self._events and not self.late and not self.busy and not self._starting
+
+    def orders(self, slot: int) -> list[Order]:
+        """What a worker has to do."""
+        return list(self._workers[slot].orders)
+
+    def ready(self, *slots: int) -> None:
+        """Workers have started; all that are starting when none is named."""
+        for slot in slots or sorted(self._starting):
+            self._starting.remove(slot)
+            self._workers[slot] = _Worker()
+            self._events.append(WorkerReady(slot, hello(slot)))
+
+    def fail_start(self, slot: int) -> None:
+        """A worker fails to start."""
+        self._starting.remove(slot)
+        self._lost.add(slot)
+        self._events.append(Failed(slot, None, "start_error", "no such luck"))
+
+    def reply(self, slot: int, result: Contribution | EvaluationPart | None = None) -> None:
+        """A worker has computed its first order."""
+        self._events.append(self._computed(slot, self._workers[slot].orders.pop(0), result))
+
+    def error(self, slot: int, message: str = "ValueError: scripted", detail: str = "Traceback …") -> None:
+        """A worker's code has raised at its first order."""
+        order = self._workers[slot].orders.pop(0)
+        self._events.append(Failed(slot, order, "shard_error", message, detail))
+
+    def lose(self, slot: int, first: int = 0, *, computed: bool = False) -> None:
+        """A worker dies with orders: the failure of its ``first`` one arrives now, the others' are late.
+
+        Args:
+            slot: whose worker.
+            first: which of its orders fails first.
+            computed: the very first order was computed, and its reply is late instead of its failure.
+        """
+        worker = self._workers[slot]
+        worker.dead = True
+        events: list[Event] = [
+            Failed(slot, order, "worker_lost", "the actor died", "Traceback …") for order in worker.orders
+        ]
+        if computed and first != 0:
+            events[0] = self._computed(slot, worker.orders[0], None)
+        self._events.append(events.pop(first))
+        self.late += events
+
+    def release(self, index: int = 0) -> None:
+        """One of the late events arrives."""
+        self._events.append(self.late.pop(index))
+
+    def _computed(self, slot: int, order: Order, result: Contribution | EvaluationPart | None) -> Reply:
+        return Reply(slot, order, self._answers(slot, order) if result is None else result, 20)
+
+    def _bury(self, slot: int) -> None:
+        del self._workers[slot]
+        self.known.discard(slot)
+        self._lost.add(slot)
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+TINY = RunConfig(
+    name="tiny",
+    steps=6,
+    data=SinusoidData(),
+    episode=EpisodeShape(way=1, shot=3, query=3),
+    shard=Shard(episodes=2, chunk=2),
+    learner=MAML(inner_lr=0.01, eval_steps=1),
+    model=MLP(hidden=(8,)),
+    aggregator=SyncAggregator(shards=3),
+    evaluation=Evaluation(every=0, val_episodes=4, episodes=4),
+    execution=Execution(checkpoint_every=2, keep=2),
+)
+"""A run of 6 versions, 3 shards of 2 sinusoid episodes each."""
