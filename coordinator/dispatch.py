@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.errors import ClusterError, PoisonShardError
@@ -76,8 +76,11 @@ class _Work:
     handle: Handle
     submitted: float = 0.0
     failures: int = 0
-    tried: tuple[int, ...] = ()
-    """Slots that failed at it or gave a non-finite reply, in order of time."""
+    tried: set[int] = field(default_factory=set)
+    """Slots whose present worker failed at it or gave a non-finite reply."""
+    suspect: int | None = None
+    """The one of these that is asked again only where there is nobody else: it gave the non-finite reply, or else failed
+    last."""
     first: Contribution | None = None
     """The non-finite reply that a second opinion is awaited on."""
 
@@ -193,7 +196,9 @@ class Dispatcher:
             work.first = contribution
             message = f"shard {shard} from worker {reply.slot} is not finite: asked again"
             self._outcomes.append(Failure("nonfinite", message))
-            self._retry(key, reply.slot)
+            work.tried.add(reply.slot)
+            work.suspect = reply.slot
+            self._retry(key)
             return
         if first is not None and contribution.digest != first.digest:
             verdict = "finite there" if contribution.finite else "other bits"
@@ -215,11 +220,19 @@ class Dispatcher:
         else:
             queue.remove(failed.order)
             self._outcomes.append(Failure("shard_error", f"{describe(failed.order)} failed: {failed.message}"))
-            self._blame(order_key(failed.order), failed)
+            key = order_key(failed.order)
+            work = self._work[key]
+            work.tried.add(failed.slot)
+            work.suspect = failed.slot if work.first is None else work.suspect
+            self._blame(key, failed)
 
     def _lose(self, queue: list[Order], failed: Failed) -> None:
         message = f"worker {failed.slot} lost ({failed.message}); replacing it, {len(queue)} order(s) reissued"
         self._outcomes.append(Failure("worker_lost", message))
+        for work in self._work.values():
+            # The slot's next worker is a new one, which nothing speaks against.
+            work.tried.discard(failed.slot)
+            work.suspect = None if work.suspect == failed.slot else work.suspect
         # Only what the worker was computing may have killed it; what waited behind it is merely reissued.
         self._blame(order_key(queue[0]), failed)
         for order in queue[1:]:
@@ -233,18 +246,17 @@ class Dispatcher:
                 f"{describe(work.order)} failed {work.failures} times, the last time on worker {failed.slot}: "
                 f"{failed.message}" + (f"\n{failed.detail}" if failed.detail else "")
             )
-        self._retry(key, failed.slot)
+        self._retry(key)
 
-    def _retry(self, key: OrderKey, *tried: int) -> None:
+    def _retry(self, key: OrderKey) -> None:
         work = self._work[key]
         work.order = replace(work.order, attempt=work.order.attempt + 1)
-        work.tried += tried
         self._retries.append(key)
 
     def _send(self, key: OrderKey) -> bool:
         """Submit the order's current attempt; ``False`` while no worker that may take it has room."""
         work = self._work[key]
-        slot = self._choose(work.tried)
+        slot = self._choose(work)
         if slot is None:
             return False
         self._ready[slot].append(work.order)
@@ -252,14 +264,14 @@ class Dispatcher:
         self._pool.submit(slot, work.order, work.handle)
         return True
 
-    def _choose(self, tried: Sequence[int]) -> int | None:
-        """The least loaded worker for an order that was tried in these slots, if one that may take it has room.
+    def _choose(self, work: _Work) -> int | None:
+        """The least loaded worker that may take an order, if one of them has room.
 
-        A retry rather waits for another worker's turn than go back to the one that failed at it; who was asked last is
-        asked again only where there is nobody else.
+        A retry rather waits for another worker's turn than go back to one that has tried it; the suspect is asked again
+        only where there is nobody else.
         """
-        fresh = [slot for slot in self._ready if slot not in tried]
-        others = [slot for slot in self._ready if slot not in tried[-1:]]
+        fresh = [slot for slot in self._ready if slot not in work.tried]
+        others = [slot for slot in self._ready if slot != work.suspect]
         free = [slot for slot in fresh or others or self._ready if len(self._ready[slot]) < self._limit]
         return min(free, key=lambda slot: (len(self._ready[slot]), slot), default=None)
 

@@ -1,9 +1,9 @@
 """What the coordinator's tests share: made-up contributions, a scripted pool, and whole runs in this process.
 
-    contribution   a contribution whose digest is right
-    FakePool       workers that do what a test says, and check what they are given
-    TINY           the configuration of a run of some milliseconds
-    Harness        such a run from its directory to its last version, by the functions that `metafleet train` uses
+contribution   a contribution whose digest is right
+FakePool       workers that do what a test says, and check what they are given
+TINY           the configuration of a run of some milliseconds
+Harness        such a run from its directory to its last version, by the functions that `metafleet train` uses
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +31,6 @@ from cluster.messages import (
     EvaluationTask,
     Published,
     ShardStatistics,
-    ShardTask,
     WorkerHello,
 )
 from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady
@@ -71,7 +69,8 @@ def answer(slot: int, order: Order) -> Contribution | EvaluationPart:
     """What a worker in ``slot`` answers to an order: a function of the order alone, apart from who it is from."""
     if isinstance(order, EvaluationTask):
         errors = np.arange(order.first_episode, order.first_episode + order.episodes, dtype=np.float64)[:, None]
-        return EvaluationPart(order.part, order.base_version, order.attempt, slot, order.first_episode, errors, None, errors)
+        about = (order.part, order.base_version, order.attempt, slot, order.first_episode)
+        return EvaluationPart(*about, loss=errors, confusion=None, squared_error=errors)
     rng = np.random.default_rng([order.shard, order.base_version])
     gradient = rng.standard_normal(5, dtype=np.float32)
     return contribution(
@@ -135,12 +134,14 @@ class FakePool:
         self._attempts: dict[Order, int] = {}
         self.known: set[int] = set()
         """Slots whose worker is ready as far as anyone has been told."""
+        self._nonfinite: set[Order] = set()
+        self._dead_letters: dict[int, Event] = {}
         self.late: list[Event] = []
         """Events of dead workers that still have to arrive; a test moves them by ``release``."""
         self.submitted: list[tuple[int, Order]] = []
         self.replaced: list[int] = []
         self.suspects: dict[Order, int] = {}
-        """Who gave the first non-finite reply, or failed last, at an order that is not settled."""
+        """Who gave a non-finite reply or failed at an order: another worker has to be asked, where there is one."""
 
     # ------------------------------------------------------------------------------------------------- the interface
 
@@ -163,6 +164,8 @@ class FakePool:
         assert len(worker.orders) < self._limit, f"worker {slot} has {len(worker.orders)} orders already"
         worker.orders.append(order)
         self.submitted.append((slot, order))
+        if worker.dead:
+            self.late.append(Failed(slot, order, "worker_lost", "the actor is dead"))
 
     def wait(self, timeout: float) -> Event | None:
         assert timeout > 0
@@ -172,15 +175,15 @@ class FakePool:
         match event:
             case WorkerReady(slot):
                 self.known.add(slot)
-            case Failed(slot, order, kind):
-                if kind == "worker_lost" and slot in self._workers and self._workers[slot].dead:
+            case Failed(slot, order, "worker_lost") if order is not None:
+                worker = self._workers.get(slot)
+                if worker is not None and worker.dead and order in worker.orders:
                     self._bury(slot)
-                if order is not None:
-                    self.suspects[identity(order)] = slot
-            case Reply(slot, order, Contribution() as result) if not result.finite:
+            case Failed(slot, order) if order is not None and identity(order) not in self._nonfinite:
                 self.suspects[identity(order)] = slot
-            case Reply(_, order):
-                self.suspects.pop(identity(order), None)
+            case Reply(slot, order, Contribution() as result) if not (result.finite or id(event) in self._dead_letters):
+                self.suspects[identity(order)] = slot
+                self._nonfinite.add(identity(order))
         return event
 
     def replace(self, slot: int) -> None:
@@ -255,6 +258,7 @@ class FakePool:
         ]
         if computed and first != 0:
             events[0] = self._computed(slot, worker.orders[0], None)
+            self._dead_letters[id(events[0])] = events[0]
         self._events.append(events.pop(first))
         self.late += events
 
@@ -269,6 +273,7 @@ class FakePool:
         del self._workers[slot]
         self.known.discard(slot)
         self._lost.add(slot)
+        self.suspects = {order: suspect for order, suspect in self.suspects.items() if suspect != slot}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

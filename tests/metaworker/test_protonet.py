@@ -127,7 +127,7 @@ def test_order_of_support_samples_does_not_matter(mode: str, pictures: Draw, per
 
 def test_classes_of_different_sizes_have_prototypes_of_their_own_samples(pictures: Draw, perturbed: Perturbed) -> None:
     learner = learner_of(sections.MLP(hidden=()), way=2)
-    (theta, state), episodes = perturbed(learner), pictures(1, way=3)
+    (theta, _), episodes = perturbed(learner), pictures(1, way=3)
     weight, bias = theta["weight.0"], theta["bias.0"]
     embedded = episodes.support_x[0].flatten(1) @ weight.T + bias
     query = episodes.query_x[0].flatten(1) @ weight.T + bias

@@ -24,7 +24,7 @@ from metaworker.learners.reptile import minibatches
 STRIDED, POOLED = sections.Conv4Strided(channels=4), sections.Conv4Pool(channels=4)
 MLP = sections.MLP(hidden=(8, 8))
 RATES = {"sgd": 0.1, "adam": 1e-3}
-"""Where a gradient is zero but for rounding, Adam's 1e-8 magnifies that by 1e8 times the step size: hence a small one."""
+"""Small for Adam: where a gradient is zero but for rounding, Adam magnifies that by 1e8 times the step size."""
 MODES = ("transductive", "support", "running")
 
 Draw = Callable[..., Episodes]
