@@ -1,4 +1,4 @@
-"""The same shards in bare processes: each computes its own with a ``ShardWorker`` in a loop, without coordinator or Ray.
+"""The same shards in bare processes: each computes its own with a ``ShardWorker`` in a loop, no coordinator, no Ray.
 
 A process gets new parameters to load for each version, as a Ray worker does. They may run freely, or meet at a barrier
 after each version.

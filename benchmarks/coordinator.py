@@ -10,7 +10,7 @@ is the time from the last finished shard of the version before to its own last f
 
 The coordinator causes turnaround and gaps, transport by Ray included, and a whole window in which a worker got no shard
 at all. Imbalance it does not: shards last unequally long, and a synchronous version needs them all. The share is the
-sum of what it causes over all windows and workers, over the sum of the windows times workers. The start is in no window.
+sum of what it causes over all windows and workers, over the windows times workers. The start is in no window.
 
 Conditions: shards of 100 ms or more, 4 a worker and version.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.fleet import Span, fleet
 from benchmarks.machine import cores
@@ -78,7 +79,7 @@ def windows(spans: Iterable[Span], workers: int) -> list[Window]:
     ordered = sorted(versions)
     return [
         _window(versions[before], versions[version], ends[before], ends[version], workers)
-        for before, version in zip(ordered, ordered[1:], strict=False)
+        for before, version in pairwise(ordered)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Workers on Ray under the real ``Trainer``, a few versions at a time: what scaling and the coordinator's share measure.
+"""Workers on Ray under the real ``Trainer``, a few versions at a time, for scaling and the coordinator's share.
 
 Everything that ``metafleet train`` does for a commit is done (digests, metrics, commit log and history in a temporary
 run directory, publishing); there is no validation, and the checkpoint at a segment's end is outside its time.
@@ -108,17 +108,13 @@ class Fleet:
 
     def _all_joined(self) -> WorkerHello:
         deadline = time.monotonic() + START_SECONDS
-        hello = None
-        while self._dispatcher.workers < self._pool.size:
+        while time.monotonic() < deadline:
             match self._dispatcher.next(1.0):
-                case Joined(hello):
-                    pass
+                case Joined(hello) if self._dispatcher.workers == self._pool.size:
+                    return hello
                 case Failure(_, message):
                     raise RuntimeError(message)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self._dispatcher.workers} of {self._pool.size} workers came in {START_SECONDS} s")
-        assert hello is not None
-        return hello
+        raise TimeoutError(f"{self._dispatcher.workers} of {self._pool.size} workers came in {START_SECONDS:g} s")
 
 
 @contextmanager

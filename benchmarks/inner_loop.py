@@ -11,7 +11,9 @@ the measured α in float64.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,14 +134,14 @@ class _Duel:
         worker, task = self._worker(chunk, INNER_LR), ShardTask(0, 0, self._count, 0)
         settings = (INNER_LR, self._case.inner_steps, self._first_order)
         leaves, episodes = list(self._theta.values()), self._episodes
-        competitors = {
+        competitors: dict[str, Callable[[], object]] = {
             "worker": lambda: worker.compute(self._published, task),
             "plain": lambda: plain_gradient(leaves, episodes, *settings),
             "higher": lambda: higher_gradient(self._network, episodes, *settings),
         }
         for warm_up in competitors.values():
             warm_up()
-        times = interleave(rounds, {name: lambda work=work: seconds(work) for name, work in competitors.items()})
+        times = interleave(rounds, {name: partial(seconds, work) for name, work in competitors.items()})
         before, started = time.process_time(), time.perf_counter()
         competitors["worker"]()
         busy = (time.process_time() - before) / (time.perf_counter() - started)
@@ -155,7 +157,7 @@ class _Duel:
         for chunk in (chunk for chunk in self._case.chunks if chunk <= self._count):
             worker = self._worker(chunk, INNER_LR)
             worker.compute(self._published, task)
-            best[chunk] = min(seconds(lambda w=worker: w.compute(self._published, task)) for _ in range(2))
+            best[chunk] = min(seconds(partial(worker.compute, self._published, task)) for _ in range(2))
         return min(best, key=best.__getitem__)
 
     def _worker(self, chunk: int, inner_lr: float) -> ShardWorker:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
+import signal
+import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cluster.errors import ClusterError
@@ -15,54 +22,167 @@ from cluster.errors import ClusterError
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local cluster: room for published parameters and replies, not for data (which is memory-mapped)."""
 
+CONNECT_SECONDS = 5.0
+"""How long a cluster's head may take to accept a connection before it counts as absent."""
+
 QUIET = {
     # The mode is decided here and not by Ray's default, which would write a token file into the home folder.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    # A lost worker is reported by the dispatcher, in one line; Ray would add its own, whatever log_to_driver says.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
 }
+LOCAL = {
+    # After a SIGKILL of the driver Ray's agents wait so long for their head, which has died with it.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
+JOINED = {
+    # Attempts (of 40 s) to talk to whatever listens at the address; Ray's own limit is 20 of them.
+    "RAY_gcs_server_port_wait_time_s": "1",
+}
+
+FOLDER, OWNER = "metafleet-ray-", "owner"
+"""Name of a local cluster's temporary folder, and of the file in it that its driver holds locked while it lives."""
 
 
 @contextmanager
 def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
-    """A Ray cluster for the time of the block; yields its free resources.
+    """A Ray cluster for the time of the block; yields its free resources. SIGTERM unwinds the block.
 
     Args:
         address: ``local`` starts one on this machine, in a private temporary folder, and stops it afterwards; anything
             else (``auto``, ``HOST:PORT``) joins a running one and leaves it running.
-        cpus: CPUs that a local cluster has; this process's own number when not given.
+        cpus: CPUs that a local cluster has; ``usable_cpus`` when not given.
 
     Raises:
         ClusterError: no cluster at the address, or none could be started.
+        SystemExit: 128 + SIGTERM, on that signal, where the caller has not installed a handler of its own.
     """
-    for name, value in QUIET.items():
+    # Ray reads its settings when it is imported: nothing on the way to here may have done that.
+    local = address == "local"
+    for name, value in (QUIET | (LOCAL if local else JOINED)).items():
         os.environ.setdefault(name, value)
     import ray
 
+    if not local and address != "auto":
+        _refuse_absent(address, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     if ray.is_initialized():
         raise ClusterError("Ray is initialised in this process already: end that session before starting a run")
-    local = address == "local"
-    # Ray's socket paths must stay under 108 characters: a short folder, not one under a long TMPDIR.
-    folder = tempfile.mkdtemp(prefix="metafleet-", dir="/tmp" if os.path.isdir("/tmp") else None) if local else None
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
-    if local:
-        options |= {
-            "num_cpus": cpus or len(os.sched_getaffinity(0)),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": folder,
-        }
-    try:
+    with _temporary_folder() if local else nullcontext() as folder, _sigterm() as after_init:
+        if local:
+            options |= {
+                "num_cpus": cpus or usable_cpus(),
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": str(folder),
+            }
         try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ClusterError(_why_not(address, error)) from error
-        yield ray.available_resources()  # type: ignore[no-untyped-call]
+            try:
+                ray.init(**options)
+            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                raise ClusterError(_why_not(address, error)) from error
+            except SystemExit as stop:
+                # Ray's own handler of SIGTERM exits with the bare number.
+                raise SystemExit(128 + signal.SIGTERM if stop.code == signal.SIGTERM else stop.code) from stop
+            after_init()
+            yield ray.available_resources()  # type: ignore[no-untyped-call]
+        finally:
+            ray.shutdown()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and its container's quota where there is one."""
+    return min(len(os.sched_getaffinity(0)), _quota() or sys.maxsize)
+
+
+def _quota() -> int | None:
+    """CPUs that the control group grants, of either version, rounded up; ``None`` for no limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            words = " ".join((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii") for name in names).split()
+            quota, period = words[0], int(words[1])
+            return None if quota in ("max", "-1") else -(-int(quota) // period)
+    return None
+
+
+def _refuse_absent(address: str, node: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would go on trying for a quarter of an hour.
+
+    Args:
+        address: HOST:PORT.
+        node: this machine's address, into which Ray turns localhost.
+
+    Raises:
+        ClusterError: no connection.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    reasons = []
+    for candidate in (host, node) if host in ("127.0.0.1", "localhost", "::1") else (host,):
+        try:
+            socket.create_connection((candidate, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError as error:
+            reasons.append(error)
+    raise ClusterError(_why_not(address, reasons[0]))
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for a local cluster, removed afterwards, with those that killed drivers have left."""
+    # Ray's socket paths must stay under 108 characters: a short folder, not one under a long TMPDIR.
+    parent = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
+    with open(folder / f"{OWNER}.new", "x") as owner:
+        # Locked before it has its name: nobody takes the folder of a driver that starts for one that is dead.
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        os.rename(owner.name, folder / OWNER)
+        _sweep(parent)
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders of this user's drivers that no longer live."""
+    for owner in parent.glob(f"{FOLDER}*/{OWNER}"):
+        # Another user's, a living driver's, or one that someone else is removing.
+        with suppress(OSError), owner.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(owner.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a cluster's folder, its owner's file last: if a dying process still writes, a later sweep finds it."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != OWNER:
+            entry.unlink(missing_ok=True)
+    if [entry.name for entry in folder.iterdir()] == [OWNER]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _sigterm() -> Iterator[Any]:
+    """Keeps SIGTERM what it was, or makes it unwind the stack; yields what to call after ``ray.init`` replaced it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    during = before if callable(before) else _terminate
+    signal.signal(signal.SIGTERM, during)
+    try:
+        yield lambda: signal.signal(signal.SIGTERM, during)
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _why_not(address: str, error: Exception) -> str:

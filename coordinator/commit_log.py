@@ -48,11 +48,14 @@ class CommitLog:
         config_digest: digest of the configuration's result half.
 
     Raises:
-        CheckpointError: here and in every method, the disk is full, read-only or gone.
+        CheckpointError: the logs before do not lead to ``start``; or, here and in every method, the disk is full,
+            read-only or gone.
     """
 
     def __init__(self, run: RunDirectory, epoch: int, start: int, start_digest: str, config_digest: str) -> None:
         path = run.log(epoch)
+        if start > 0:
+            _check_reaches(run, start, start_digest)
         try:
             # The header will say that versions up to `start` are in the logs before: they reach the disk before it.
             for log in [run.log(e) for e in run.epochs() if run.log(e).exists()]:
@@ -100,6 +103,21 @@ def read_log(run: RunDirectory) -> list[Entry]:
                 )
             entries.append(entry)
     return entries
+
+
+def _check_reaches(run: RunDirectory, version: int, digest: str) -> None:
+    """Refuse to go on from a version that no log leads to: nobody could read the logs after that."""
+    entries = read_log(run)
+    if version > len(entries):
+        raise CheckpointError(
+            f"the commit log of {run.path} ends at version {len(entries)}, before version {version} that the run is to "
+            "go on from: restore the log from a backup, or remove the later checkpoints"
+        )
+    if entries[version - 1].digest != digest:
+        raise CheckpointError(
+            f"the commit log of {run.path} has another digest at version {version} than the checkpoint: restore both "
+            "from one backup, or remove the checkpoint to go on from the one before"
+        )
 
 
 def _read_segment(path: Path, epoch: int) -> tuple[int, str, Sequence[Entry]] | None:

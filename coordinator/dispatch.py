@@ -7,8 +7,8 @@ The dispatcher knows neither Ray nor aggregation. An order goes to the ready wor
 lowest slot first. Any error on an attempt means that this attempt failed, never that the run did; a shard whose
 attempts are used up is a poison shard and ends the run with its episode ids and the worker's traceback.
 
-A worker's queue is the truth about what is awaited from it: a reply or failure of an order that is not in the queue of
-its slot (the attempt was superseded, the worker replaced, the order forgotten) is ignored.
+A worker's queue is what it still has to do, forgotten orders too. A reply or failure of an order that is not in its
+slot's queue is of a worker that was replaced since, and is ignored.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ class _Work:
     tried: set[int] = field(default_factory=set)
     """Slots whose present worker failed at it or gave a non-finite reply."""
     suspect: int | None = None
-    """The one of these that is asked again only where there is nobody else: it gave the non-finite reply, or else failed
-    last."""
+    """The one that gave the non-finite reply, or else failed last: asked again only where there is nobody else."""
     first: Contribution | None = None
     """The non-finite reply that a second opinion is awaited on."""
 
@@ -102,7 +101,7 @@ class Dispatcher:
         self._clock = clock
         self._ready: dict[int, list[Order]] = {}
         self._work: dict[OrderKey, _Work] = {}
-        self._retries: deque[OrderKey] = deque()
+        self._retries: deque[_Work] = deque()
         self._failed_starts = 0
         self._outcomes: deque[Outcome] = deque()
 
@@ -137,13 +136,12 @@ class Dispatcher:
             why = "it is under way" if key in self._work else "no worker has room"
             raise ValueError(f"{describe(order)} cannot be submitted: {why}")
         self._work[key] = _Work(order, handle)
-        self._send(key)
+        self._send(self._work[key])
 
     def forget(self) -> None:
-        """Leave everything in flight: nobody waits for it any more."""
+        """Wait for nothing that is in flight any more; workers are busy with it until it is done."""
         self._work.clear()
         self._retries.clear()
-        self._ready = {slot: [] for slot in self._ready}
         self._outcomes = deque(o for o in self._outcomes if isinstance(o, Failure | Joined))
 
     def next(self, timeout: float) -> Outcome | None:
@@ -157,7 +155,7 @@ class Dispatcher:
             event = self._pool.wait(timeout)
             if event is not None:
                 self._handle(event)
-            self._retries = deque(key for key in self._retries if not self._send(key))
+            self._retries = deque(work for work in self._retries if not self._send(work))
         return self._outcomes.popleft() if self._outcomes else None
 
     def _handle(self, event: Event) -> None:
@@ -182,12 +180,19 @@ class Dispatcher:
         if reply.order not in queue:
             return
         queue.remove(reply.order)
-        key = order_key(reply.order)
+        key, work = order_key(reply.order), self._current(reply.order)
+        if work is None:
+            return
         if isinstance(reply.result, EvaluationPart):
             del self._work[key]
             self._outcomes.append(Evaluated(reply.result))
             return
-        self._judge(key, self._work[key], reply.result, reply)
+        self._judge(key, work, reply.result, reply)
+
+    def _current(self, order: Order) -> _Work | None:
+        """The work that an attempt is for, unless it was forgotten."""
+        work = self._work.get(order_key(order))
+        return work if work is not None and work.order == order else None
 
     def _judge(self, key: OrderKey, work: _Work, contribution: Contribution, reply: Reply) -> None:
         """Accept a finite contribution; ask once more for a non-finite one (design, section 3)."""
@@ -198,7 +203,7 @@ class Dispatcher:
             self._outcomes.append(Failure("nonfinite", message))
             work.tried.add(reply.slot)
             work.suspect = reply.slot
-            self._retry(key)
+            self._retry(work)
             return
         if first is not None and contribution.digest != first.digest:
             verdict = "finite there" if contribution.finite else "other bits"
@@ -217,45 +222,46 @@ class Dispatcher:
             del self._ready[failed.slot]
             self._lose(queue, failed)
             self._pool.replace(failed.slot)
-        else:
-            queue.remove(failed.order)
+            return
+        queue.remove(failed.order)
+        work = self._current(failed.order)
+        if work is not None:
             self._outcomes.append(Failure("shard_error", f"{describe(failed.order)} failed: {failed.message}"))
-            key = order_key(failed.order)
-            work = self._work[key]
             work.tried.add(failed.slot)
             work.suspect = failed.slot if work.first is None else work.suspect
-            self._blame(key, failed)
+            self._blame(work, failed)
 
     def _lose(self, queue: list[Order], failed: Failed) -> None:
-        message = f"worker {failed.slot} lost ({failed.message}); replacing it, {len(queue)} order(s) reissued"
+        lost = [self._current(order) for order in queue]
+        count = sum(work is not None for work in lost)
+        message = f"worker {failed.slot} lost ({failed.message}); replacing it, {count} order(s) reissued"
         self._outcomes.append(Failure("worker_lost", message))
-        for work in self._work.values():
+        for any_work in self._work.values():
             # The slot's next worker is a new one, which nothing speaks against.
-            work.tried.discard(failed.slot)
-            work.suspect = None if work.suspect == failed.slot else work.suspect
-        # Only what the worker was computing may have killed it; what waited behind it is merely reissued.
-        self._blame(order_key(queue[0]), failed)
-        for order in queue[1:]:
-            self._retry(order_key(order))
+            any_work.tried.discard(failed.slot)
+            any_work.suspect = None if any_work.suspect == failed.slot else any_work.suspect
+        for place, work in enumerate(lost):
+            # Only what the worker was computing may have killed it; what waited behind it is merely reissued.
+            if work is not None and place == 0:
+                self._blame(work, failed)
+            elif work is not None:
+                self._retry(work)
 
-    def _blame(self, key: OrderKey, failed: Failed) -> None:
-        work = self._work[key]
+    def _blame(self, work: _Work, failed: Failed) -> None:
         work.failures += 1
         if work.failures >= self._attempts:
             raise PoisonShardError(
                 f"{describe(work.order)} failed {work.failures} times, the last time on worker {failed.slot}: "
                 f"{failed.message}" + (f"\n{failed.detail}" if failed.detail else "")
             )
-        self._retry(key)
+        self._retry(work)
 
-    def _retry(self, key: OrderKey) -> None:
-        work = self._work[key]
+    def _retry(self, work: _Work) -> None:
         work.order = replace(work.order, attempt=work.order.attempt + 1)
-        self._retries.append(key)
+        self._retries.append(work)
 
-    def _send(self, key: OrderKey) -> bool:
+    def _send(self, work: _Work) -> bool:
         """Submit the order's current attempt; ``False`` while no worker that may take it has room."""
-        work = self._work[key]
         slot = self._choose(work)
         if slot is None:
             return False

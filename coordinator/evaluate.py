@@ -18,6 +18,7 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.messages import BatchNorm, SplitName
 from cluster.ray_runtime import ray_cluster
 from coordinator import checkpoint as checkpoints
+from coordinator.capacity import affordable_workers, refuse_unaffordable, say_workers
 from coordinator.dispatch import Dispatcher
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
@@ -61,11 +62,16 @@ def evaluate_command(
     learner = build_learner(config, source.sample_shape)
     path = _choose(directory, checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
+    refuse_unaffordable(config)
+    if checkpoint == "best" and checkpoints.best_of(directory.checkpoints) is None:
+        print("no validation has named a best checkpoint: evaluating the last one", file=sys.stderr)
     with ExitStack() as stack:
         free = stack.enter_context(ray_cluster(config.execution.address))
-        from coordinator.ray_pool import RayPool, affordable_workers
+        from coordinator.ray_pool import RayPool
 
-        pool = RayPool(config, affordable_workers(config, free))
+        affordable = affordable_workers(config, free)
+        say_workers(config, affordable, lambda text: print(text, file=sys.stderr))
+        pool = RayPool(config, affordable)
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
         scores = evaluate_now(dispatcher, pool, state.published, request)
@@ -85,8 +91,6 @@ def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> Path:
             f"{run.path} has no checkpoint yet: let it train on by `metafleet train --resume {run.path}`"
         )
     best = checkpoints.best_of(run.checkpoints)
-    if wanted == "best" and best is None:
-        print("no validation has named a best checkpoint: evaluating the last one", file=sys.stderr)
     return best if wanted == "best" and best is not None else found[-1]
 
 

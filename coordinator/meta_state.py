@@ -70,5 +70,6 @@ class MetaState:
         """
         clipped, norm = optimizer.clip(gradient)
         theta, after = optimizer.step(self.theta, self.optimizer, clipped, self.version)
-        state = learner.commit_state(self.state, proposals)
+        # NumPy makes scalars of arrays without dimensions at the first arithmetic; the state stays arrays.
+        state = {name: np.asarray(rows) for name, rows in learner.commit_state(self.state, proposals).items()}
         return MetaState(self.version + 1, self.layout, theta, state, after), norm

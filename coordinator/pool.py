@@ -135,4 +135,5 @@ def payload_bytes(result: Contribution | EvaluationPart) -> int:
     """Bytes of the arrays in a result."""
     if isinstance(result, Contribution):
         return result.gradient.nbytes + sum(rows.nbytes for rows in result.proposals.values())
-    return result.loss.nbytes
+    arrays = (result.loss, result.confusion, result.squared_error)
+    return sum(rows.nbytes for rows in arrays if rows is not None)

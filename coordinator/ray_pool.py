@@ -8,17 +8,15 @@ it, or the caller's handle.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.config.run import RunConfig
-from cluster.errors import ClusterError, MetafleetError
+from cluster.errors import MetafleetError
 from cluster.messages import Published
 from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady, payload_bytes
 from metaworker.actor import WorkerActor
@@ -30,26 +28,6 @@ class _Pending:
 
     slot: int
     order: Order | None
-
-
-def affordable_workers(config: RunConfig, resources: Mapping[str, float]) -> int:
-    """How many workers the free resources allow, at most as many as configured.
-
-    Raises:
-        ClusterError: not even one.
-    """
-    execution = config.execution
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    room = math.floor(cpus / execution.cpus_per_worker + 1e-9)
-    if execution.gpus_per_worker > 0:
-        room = min(room, math.floor(gpus / execution.gpus_per_worker + 1e-9))
-    if room < 1:
-        raise ClusterError(
-            f"not enough for one worker: it needs {execution.cpus_per_worker:g} CPUs and "
-            f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; lower "
-            "execution.cpus_per_worker or execution.gpus_per_worker, or free some"
-        )
-    return min(room, execution.workers or room)
 
 
 class RayPool:
@@ -133,18 +111,15 @@ class RayPool:
         slot, order = pending.slot, pending.order
         try:
             result = ray.get(reference)
-        except RayActorError as error:
-            cause = getattr(error, "cause", None)
-            if order is None and isinstance(cause, MetafleetError):
-                raise cause from None
-            return Failed(
-                slot, order, "start_error" if order is None else "worker_lost", _first_line(error), str(error)
-            )
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            return Failed(slot, order, "shard_error", f"{type(cause).__name__}: {_first_line(cause)}", str(error))
+            if order is None and isinstance(cause, MetafleetError):
+                raise cause from None
+            message = f"{type(cause).__name__}: {_one_line(cause)}"
+            return Failed(slot, order, "start_error" if order is None else "shard_error", message, str(error))
         except RayError as error:
-            return Failed(slot, order, "worker_lost", _first_line(error), str(error))
+            message = _one_line(error)
+            return Failed(slot, order, "start_error" if order is None else "worker_lost", message, str(error))
         if order is None:
             return WorkerReady(slot, result)
         return Reply(slot, order, result, payload_bytes(result))
@@ -159,6 +134,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Of a failure to make the actor at all, Ray gives the traceback as text: its last line says what was wrong.
+    return lines[-1 if "in its creation task" in lines[0] else 0][:200]

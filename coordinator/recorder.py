@@ -71,19 +71,22 @@ class Recorder:
 
     def validation(self, record: ValidationRecord, checkpoint: Checkpoint) -> bool:
         """Record a validation; keeps its version if it is the best so far, and says whether it is."""
+        best = self._is_best(record.steps[-1])
+        if best:
+            self._run.check_epoch(self._epoch)
+            self._log.sync()
+            path, _ = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
+            checkpoints.mark_best(path, record.steps[-1])
+            checkpoints.prune(self._run.checkpoints, self._keep)
+            self._best = record.steps[-1]
+        # Last of all: a version that the history has a validation of is not validated again after a crash.
         self._history.validation(record)
         self._history.flush()
-        score = record.steps[-1]
+        return best
+
+    def _is_best(self, score: float) -> bool:
         # A diverged model is never the best, not even the first one.
-        if not math.isfinite(score) or (self._best is not None and self._sign * score <= self._sign * self._best):
-            return False
-        self._run.check_epoch(self._epoch)
-        self._log.sync()
-        path, _ = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
-        checkpoints.mark_best(path, score)
-        checkpoints.prune(self._run.checkpoints, self._keep)
-        self._best = score
-        return True
+        return math.isfinite(score) and (self._best is None or self._sign * score > self._sign * self._best)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -22,13 +19,14 @@ from cluster.config.sections import AsyncAggregator, GlyphsData
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
-from cluster.errors import ConfigError, FingerprintError
-from cluster.messages import Published
+from cluster.errors import ClusterError, ConfigError, FingerprintError, RunDirectoryError
+from cluster.messages import Published, WorkerHello
 from cluster.metrics import Metrics, RunInfo
 from cluster.ray_runtime import ray_cluster
 from coordinator import checkpoint as checkpoints
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Aggregator
+from coordinator.capacity import affordable_workers, refuse_unaffordable, say_workers
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry, read_log
 from coordinator.dispatch import Dispatcher, Failure, Joined
@@ -40,7 +38,8 @@ from coordinator.recorder import Recorder
 from coordinator.replay import Replayer, check_source
 from coordinator.report import RunSummary, results_table
 from coordinator.run_dir import RunDirectory, RunIdentity
-from coordinator.train import Progress, Resources, StopRequest, Trainer
+from coordinator.signals import Signals
+from coordinator.train import Progress, Resources, Trainer, check_data
 from coordinator.view import View, make_view, summary_line
 from metaworker.learners import build_learner
 from metaworker.learners.base import Learner
@@ -57,10 +56,15 @@ class Start:
     recent: tuple[Published, ...]
     progress: Progress
     expected: dict[int, str]
+    """Run digests that versions must have, from the log of an earlier driver of a synchronous run."""
+    unvalidated: bool = False
+    """Whether ``state`` is of a version whose validation an earlier driver did not finish."""
 
 
 def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> dict[str, Any]:
     """Train, evaluate on the test split, and report.
+
+    What can be refused is refused before Ray starts; a new run's directory is made when its first worker is there.
 
     Raises:
         MetafleetError: anything that a user can mend, in one line.
@@ -68,29 +72,35 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
     """
     prepare("cpu", threads=1)  # the driver's own reductions run on one thread
     view = make_view(config.execution.log_every)
-    if isinstance(config.data, GlyphsData):
-        view.message("preparing the embedded glyphs (rendered once, then cached)")
-    source = open_source(config)
-    _check_shapes(config, source)
-    learner = build_learner(config, source.sample_shape)
     with ExitStack() as stack:
+        path = _run_path(config)
+        if resume is None:
+            _refuse_path(path)
+        if isinstance(config.data, GlyphsData):
+            view.message("preparing the embedded glyphs (rendered once, then cached)")
+        source = open_source(config)
+        _check_shapes(config, source)
+        learner = build_learner(config, source.sample_shape)
+        left = _left(config, resume, source, learner, stack) if resume else None
+        refuse_unaffordable(config)
         metrics = _metrics(config, stack)
+        signals = stack.enter_context(Signals(view))
         free = stack.enter_context(ray_cluster(config.execution.address))
-        from coordinator.ray_pool import RayPool, affordable_workers
+        from coordinator.ray_pool import RayPool
 
         workers = affordable_workers(config, free)
-        run = RunDirectory.open(resume) if resume else RunDirectory.create(_run_path(config))
-        stack.callback(run.release)
-        if resume:
-            run.acquire()
-        _say_workers(config, workers, view)
+        say_workers(config, workers, view.message)
+        if metrics[1] is not None:
+            view.message(f"metrics at http://{metrics[1]}/metrics")
         pool = RayPool(config, workers)
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
-        identity, mixed = _identity(config, run, source, learner, _first_worker(config, dispatcher), resume is not None)
-        start = _start(config, run, source, learner, identity, resume is not None)
-        start.progress.mixed |= mixed
-        return _train(config, run, identity, learner, pool, dispatcher, start, view, metrics, as_json)
+        first = _first_worker(config, dispatcher).hello
+        if left:
+            run, identity, start = _on_this_hardware(config, *left, first)
+        else:
+            run, identity, start = _begin(config, path, source, learner, first, stack)
+        return _train(config, run, identity, learner, pool, dispatcher, start, view, metrics, signals, as_json)
 
 
 def _train(
@@ -103,6 +113,7 @@ def _train(
     start: Start,
     view: View,
     metrics: tuple[Metrics, str | None],
+    signals: Signals,
     as_json: bool,
 ) -> dict[str, Any]:
     epoch = run.claim_epoch()
@@ -115,25 +126,26 @@ def _train(
         config.execution.keep,
         not config.regression,
     )
-    stop = StopRequest()
-    resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics[0], stop)
+    resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics[0], signals.stop)
     metric: MetricName = "mse" if config.regression else "accuracy"
-    with _signals(stop, view):
+    with signals.patience():
         view.start(config.steps, summary_line(config), metric=metric, version=start.state.version)
         try:
             trainer = Trainer(resources, start.state, start.aggregator, start.recent, start.progress, start.expected)
+            if start.unvalidated:
+                trainer.validate()
             state = trainer.run()
         finally:
             view.stop()
             recorder.close()
-        if stop.signal is not None:
-            _plot(config, run, None)
-            print(
-                f"stopped at version {state.version} of {config.steps}, checkpoint written; go on with: "
-                f"metafleet train --resume {run.path}",
-                file=sys.stderr,
-            )
-            raise SystemExit(128 + stop.signal)
+    if signals.stop.signal is not None:
+        print(
+            f"stopped at version {state.version} of {config.steps}, checkpoint written; go on with: "
+            f"metafleet train --resume {run.path}",
+            file=sys.stderr,
+        )
+        _plot(config, run, None)
+        raise SystemExit(128 + signals.stop.signal)
     evaluation = _evaluate_test(config, run, state, pool, dispatcher)
     _plot(config, run, evaluation)
     summary = _summary(config, run, trainer, pool.size, evaluation, metrics[1])
@@ -145,13 +157,34 @@ def _train(
 # ---------------------------------------------------------------------------------------------------------- start
 
 
-def _start(
-    config: RunConfig, run: RunDirectory, source: EpisodeSource, learner: Learner, identity: RunIdentity, resume: bool
-) -> Start:
-    initial = MetaState.initial(config, learner)
-    if not resume:
-        return Start(initial, build_aggregator(config.aggregator), (), Progress(), {})
+def _refuse_path(path: Path) -> None:
+    """Refuse a new run's path early; making it later decides.
+
+    Raises:
+        RunDirectoryError: it exists, or cannot be made.
+    """
+    if path.exists():
+        raise RunDirectoryError(
+            f"run directory {path} exists already: choose another --run-dir, or go on with it by --resume {path}"
+        )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise RunDirectoryError(
+            f"cannot make run directory {path}: {parent} is no folder that this user may write to; choose another "
+            "--run-dir"
+        )
+
+
+def _left(
+    config: RunConfig, path: Path, source: EpisodeSource, learner: Learner, stack: ExitStack
+) -> tuple[RunDirectory, RunIdentity, Start]:
+    """What an earlier driver left: its directory, owned while ``stack`` lives, the run's identity, where to go on."""
+    run = RunDirectory.open(path)
+    run.acquire()
+    stack.callback(run.release)
+    identity = run.identity()
     check_source(identity, source.digest, source.split_digest)
+    initial = MetaState.initial(config, learner)
     found = checkpoints.list_checkpoints(run.checkpoints)
     entries = read_log(run)
     if found:
@@ -161,19 +194,61 @@ def _start(
     progress = Progress(at.episodes, at.seconds)
     tail = entries[at.state.version :]
     if isinstance(config.aggregator, AsyncAggregator):
-        return _start_async(config, source, at, entries, tail, progress)
-    # A synchronous run recomputes the tail itself, and must come to the logged digests.
-    aggregator = build_aggregator(config.aggregator, at.state.version, pending=at.pending)
-    same = identity.fingerprint == progress_fingerprint(config)
-    expected = {entry.version: entry.digest for entry in tail} if same else {}
-    return Start(at.state, aggregator, (), progress, expected)
+        start = _start_async(config, source, at, entries, tail, progress)
+    else:
+        # A synchronous run recomputes the tail itself, and must come to the logged digests.
+        aggregator = build_aggregator(config.aggregator, at.state.version, pending=at.pending)
+        start = Start(at.state, aggregator, (), progress, {entry.version: entry.digest for entry in tail})
+    return run, identity, replace(start, unvalidated=_unvalidated(config, run, start.state.version))
 
 
-def progress_fingerprint(config: RunConfig) -> str:
-    """The fingerprint that this machine's workers would have, computed in this process."""
-    from cluster.device import fingerprint, fingerprint_detail
+def _unvalidated(config: RunConfig, run: RunDirectory, version: int) -> bool:
+    """Whether a validation of ``version`` was due and the earlier driver ended before it had its scores."""
+    every = config.evaluation.every
+    due = bool(every) and version > 0 and (version % every == 0 or version == config.steps)
+    return due and run.history.exists() and version not in {v.version for v in read_history(run.history).validations}
 
-    return fingerprint(fingerprint_detail(prepare(config.device, config.threads)))
+
+def _on_this_hardware(
+    config: RunConfig, run: RunDirectory, identity: RunIdentity, start: Start, first: WorkerHello
+) -> tuple[RunDirectory, RunIdentity, Start]:
+    """An earlier run as it goes on with workers like ``first``.
+
+    Raises:
+        FingerprintError: it was computed on other hardware, and that was not allowed.
+    """
+    check_data(identity, first)
+    if first.fingerprint == identity.fingerprint:
+        return run, identity, start if config.execution.pool == "strict" else replace(start, expected={})
+    if not config.execution.other_hardware:
+        raise FingerprintError(
+            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
+            f"{dict(first.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
+            "it there, or add --execution.other_hardware"
+        )
+    start.progress.mixed = True
+    return run, replace(identity, fingerprint=first.fingerprint), replace(start, expected={})
+
+
+def _begin(
+    config: RunConfig, path: Path, source: EpisodeSource, learner: Learner, first: WorkerHello, stack: ExitStack
+) -> tuple[RunDirectory, RunIdentity, Start]:
+    """A new run, with its directory."""
+    initial = MetaState.initial(config, learner)
+    identity = RunIdentity(
+        config.result_digest(),
+        source.digest,
+        source.split_digest,
+        initial.digest,
+        first.fingerprint,
+        dict(first.fingerprint_detail),
+    )
+    check_data(identity, first)
+    run = RunDirectory.create(path)
+    stack.callback(run.release)
+    save_resolved(config, run.config)
+    run.write_identity(identity)
+    return run, identity, Start(initial, build_aggregator(config.aggregator), (), Progress(), {})
 
 
 def _start_async(
@@ -199,34 +274,6 @@ def _start_async(
     return Start(replayer.state, aggregator, replayer.recent, progress, {})
 
 
-def _identity(
-    config: RunConfig, run: RunDirectory, source: EpisodeSource, learner: Learner, first: Joined, resume: bool
-) -> tuple[RunIdentity, bool]:
-    """The run's identity, made at its start and checked at a resume; and whether its hardware is mixed."""
-    if not resume:
-        identity = RunIdentity(
-            config.result_digest(),
-            source.digest,
-            source.split_digest,
-            MetaState.initial(config, learner).digest,
-            first.hello.fingerprint,
-            dict(first.hello.fingerprint_detail),
-        )
-        save_resolved(config, run.config)
-        run.write_identity(identity)
-        return identity, False
-    identity = run.identity()
-    if first.hello.fingerprint == identity.fingerprint:
-        return identity, False
-    if not config.execution.other_hardware:
-        raise FingerprintError(
-            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
-            f"{dict(first.hello.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
-            "it there, or add --execution.other_hardware"
-        )
-    return replace(identity, fingerprint=first.hello.fingerprint), True
-
-
 def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
     """Wait for the first worker; later ones join while the run goes on."""
     deadline = time.monotonic() + config.execution.start_timeout
@@ -236,8 +283,6 @@ def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
                 return joined
             case Failure(_, message):
                 print(message, file=sys.stderr)
-    from cluster.errors import ClusterError
-
     raise ClusterError(
         f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "
         "`ray status` for what is missing, or raise it"
@@ -264,12 +309,6 @@ def _run_path(config: RunConfig) -> Path:
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _say_workers(config: RunConfig, workers: int, view: View) -> None:
-    asked = config.execution.workers
-    if asked is not None and workers < asked:
-        view.message(f"{asked} workers were asked for, the free resources allow {workers}: going on with {workers}")
-
-
 def _metrics(config: RunConfig, stack: ExitStack) -> tuple[Metrics, str | None]:
     info = RunInfo(config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest())
     metrics = Metrics(info, regression=config.regression)
@@ -278,27 +317,6 @@ def _metrics(config: RunConfig, stack: ExitStack) -> tuple[Metrics, str | None]:
     host, port = metrics.serve(config.execution.metrics_host, config.execution.metrics_port)
     stack.callback(metrics.close)
     return metrics, f"{host}:{port}"
-
-
-@contextmanager
-def _signals(stop: StopRequest, view: View) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to checkpoint and end; the second SIGINT ends the process at once.
-
-    Installed after ``ray.init``, which replaces the SIGTERM handler.
-    """
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None and number == signal.SIGINT:
-            view.stop()
-            os._exit(128 + signal.SIGINT)
-        stop.signal = stop.signal or number
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ end

@@ -192,11 +192,12 @@ class Trainer:
         self._r.metrics.commit(state.version, update.loss, update.metric, norm)
         every = config.evaluation.every
         if every and (state.version % every == 0 or state.version == config.steps):
-            self._validate()
+            self.validate()
         if state.version % config.execution.checkpoint_every == 0 and state.version < config.steps:
             self._save()
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Order a validation of the current version; it is computed while the run goes on."""
         request = EvaluationRequest.of(self._r.config, "val", self._r.config.evaluation.val_episodes)
         self._validations[self.state.version] = (EvaluationCollector(request), self._checkpoint())
         self._orders.extend((order, self._handle) for order in request.orders(self.state.version))
@@ -220,15 +221,7 @@ class Trainer:
             FingerprintError: it is other hardware, in a strict pool.
         """
         identity = self._r.identity
-        for what, here, there in (
-            ("store", identity.store_digest, hello.store_digest),
-            ("split", identity.split_digest, hello.split_digest),
-        ):
-            if here != there:
-                raise MetafleetError(
-                    f"worker {hello.worker} on {hello.node} has another {what} (digest {there[:12]}, the run's is "
-                    f"{here[:12]}): give every node the same file"
-                )
+        check_data(identity, hello)
         if hello.fingerprint == self._fingerprint:
             return
         if self._r.config.execution.pool == "strict":
@@ -320,3 +313,20 @@ class Trainer:
                 validation=self._last_validation,
             )
         )
+
+
+def check_data(identity: RunIdentity, hello: WorkerHello) -> None:
+    """Refuse a worker that reads other data than the run.
+
+    Raises:
+        MetafleetError: another store or split.
+    """
+    for what, here, there in (
+        ("store", identity.store_digest, hello.store_digest),
+        ("split", identity.split_digest, hello.split_digest),
+    ):
+        if here != there:
+            raise MetafleetError(
+                f"worker {hello.worker} on {hello.node} has another {what} (digest {there[:12]}, the run's is "
+                f"{here[:12]}): give every node the same file"
+            )

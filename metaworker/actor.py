@@ -7,6 +7,7 @@ import socket
 
 from cluster.config.run import RunConfig
 from cluster.episodes import open_source
+from cluster.errors import MetafleetError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from metaworker.shard_worker import ShardWorker
 
@@ -15,21 +16,31 @@ class WorkerActor:
     """One worker process. Ray starts it with its share of CPUs and GPUs; it restarts nothing by itself."""
 
     def __init__(self, config: RunConfig, slot: int) -> None:
-        source = open_source(config)
-        self._worker = ShardWorker(config, source, slot)
-        self._hello = WorkerHello(
-            worker=slot,
+        # Nothing here may fail: of an error in the making of an actor, Ray hands on the text and not the exception.
+        self._config = config
+        self._slot = slot
+
+    def hello(self) -> WorkerHello:
+        """Start working and say who this worker is: asked once, before anything else.
+
+        Raises:
+            MetafleetError: this node cannot work on the run, for instance since its store is another one.
+        """
+        node = socket.gethostname()
+        try:
+            source = open_source(self._config)
+            self._worker = ShardWorker(self._config, source, self._slot)
+        except MetafleetError as error:
+            raise type(error)(f"{error} (worker {self._slot} on {node})") from error
+        return WorkerHello(
+            worker=self._slot,
             pid=os.getpid(),
-            node=socket.gethostname(),
+            node=node,
             store_digest=source.digest,
             split_digest=source.split_digest,
             fingerprint=self._worker.fingerprint,
             fingerprint_detail=self._worker.fingerprint_detail,
         )
-
-    def hello(self) -> WorkerHello:
-        """Who this worker is; the first thing asked of it."""
-        return self._hello
 
     def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
         """The answer to an order."""

@@ -132,6 +132,11 @@ def evaluate_episodes(
         if regression:
             errors = (predicted - targets).square().mean((2, 3)).double().cpu().numpy()
             return errors, errors
+        if predicted.shape[-1] != episodes.way:
+            raise ValueError(
+                f"the learner tells {predicted.shape[-1]} classes apart, the episodes have {episodes.way}: "
+                "evaluate it with episodes of its own way"
+            )
         logs = torch.log_softmax(predicted, -1)
         index = targets.expand(predicted.shape[:3])
         loss = -logs.gather(-1, index[..., None]).mean((2, 3)).double().cpu().numpy()

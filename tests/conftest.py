@@ -1,4 +1,4 @@
-"""All tests run with the shapes in the annotations of ``metaworker`` and ``cluster.flat`` checked, and on one thread."""
+"""All tests run on one thread, with the annotated shapes of ``metaworker`` and ``cluster.flat`` checked."""
 
 from __future__ import annotations
 

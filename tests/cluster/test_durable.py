@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.durable import fsync_directory, write_atomically, write_bytes_atomically
+from cluster.durable import (
+    fsync_directory,
+    fsync_file,
+    write_atomically,
+    write_bytes_atomically,
+)
 
 
 def test_writes_the_whole_file_and_nothing_beside_it(tmp_path):
@@ -107,3 +112,13 @@ def test_fsync_directory_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         fsync_directory(tmp_path / "file")
+
+
+def test_fsync_file_forces_what_anyone_wrote_and_closes_the_file(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"12345")
+    sizes, open_files = [], len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    fsync_file(tmp_path / "file")
+    assert sizes == [5] and len(os.listdir("/proc/self/fd")) == open_files
+    with pytest.raises(FileNotFoundError):
+        fsync_file(tmp_path / "gone")

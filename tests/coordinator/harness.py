@@ -9,7 +9,8 @@ Harness        such a run from its directory to its last version, by the functio
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,6 +26,8 @@ from cluster.config.sections import (
     SinusoidData,
     SyncAggregator,
 )
+from cluster.device import prepare
+from cluster.episodes import open_source
 from cluster.messages import (
     Contribution,
     EvaluationPart,
@@ -33,7 +36,20 @@ from cluster.messages import (
     ShardStatistics,
     WorkerHello,
 )
-from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady
+from cluster.metrics import Metrics, RunInfo
+from coordinator import session
+from coordinator.commit_log import read_log
+from coordinator.dispatch import Dispatcher, Joined
+from coordinator.meta_state import MetaState
+from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, WorkerReady
+from coordinator.recorder import Recorder
+from coordinator.replay import Replayer
+from coordinator.run_dir import RunDirectory
+from coordinator.train import Resources, StopRequest, Trainer
+from coordinator.view import Snapshot
+from metaworker.learners import build_learner
+from metaworker.scores import MetricName
+from metaworker.shard_worker import ShardWorker
 
 # ------------------------------------------------------------------------------------------------------- contributions
 
@@ -184,6 +200,8 @@ class FakePool:
             case Reply(slot, order, Contribution() as result) if not (result.finite or id(event) in self._dead_letters):
                 self.suspects[identity(order)] = slot
                 self._nonfinite.add(identity(order))
+            case Reply(_, order, EvaluationPart()) if id(event) not in self._dead_letters:
+                self._attempts.pop(identity(order), None)  # settled, and may be ordered again
         return event
 
     def replace(self, slot: int) -> None:
@@ -291,3 +309,139 @@ TINY = RunConfig(
     execution=Execution(checkpoint_every=2, keep=2),
 )
 """A run of 6 versions, 3 shards of 2 sinusoid episodes each."""
+
+
+class Killed(BaseException):
+    """The driver dies here: nothing after it runs, no file is flushed."""
+
+
+class RecordingView:
+    """A view that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
+        self.messages: list[str] = []
+
+    def start(self, total: int, summary: str, *, metric: MetricName = "accuracy", version: int = 0) -> None:
+        raise AssertionError("the session starts its view, not the trainer")
+
+    def update(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def stop(self) -> None:
+        raise AssertionError("the session stops its view, not the trainer")
+
+
+class WatchedPool:
+    """An in-process pool that tells ``watch`` how many replies there were, after each one."""
+
+    def __init__(self, pool: InProcessPool, watch: Callable[[int], None]) -> None:
+        self._pool = pool
+        self._watch = watch
+        self._replies = 0
+        self.submitted: list[Order] = []
+
+    @property
+    def size(self) -> int:
+        return self._pool.size
+
+    def publish(self, published: Published) -> Handle:
+        return self._pool.publish(published)
+
+    def submit(self, slot: int, order: Order, handle: Handle) -> None:
+        assert isinstance(handle, Published) and handle.version == order.base_version
+        self.submitted.append(order)
+        self._pool.submit(slot, order, handle)
+
+    def wait(self, timeout: float) -> Event | None:
+        event = self._pool.wait(timeout)
+        if isinstance(event, Reply):
+            self._replies += 1
+            self._watch(self._replies)
+        return event
+
+    def replace(self, slot: int) -> None:
+        self._pool.replace(slot)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+@dataclass(frozen=True)
+class Driven:
+    """What became of a run."""
+
+    trainer: Trainer
+    start: int
+    """The version it went on from."""
+    view: RecordingView
+    submitted: Sequence[Order]
+
+    @property
+    def digest(self) -> str:
+        return self.trainer.state.digest
+
+
+def drive(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    kill_at: int | None = None,
+) -> Driven:
+    """Train a run, or go on with one, in this process.
+
+    Args:
+        config: its configuration.
+        path: its directory.
+        resume: whether an earlier driver was there.
+        stop_at: replies after which a stop is requested.
+        kill_at: replies after which the driver dies.
+    """
+    stop, view = StopRequest(), RecordingView()
+
+    def watch(replies: int) -> None:
+        if replies == kill_at:
+            raise Killed
+        if replies == stop_at:
+            stop.signal = 15
+
+    prepare("cpu", threads=1)
+    source = open_source(config)
+    learner = build_learner(config, source.sample_shape)
+    worker = ShardWorker(config, source)
+    first = WorkerHello(0, 0, "here", source.digest, source.split_digest, worker.fingerprint, worker.fingerprint_detail)
+    pool = WatchedPool(InProcessPool(worker, first), watch)
+    dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+    assert isinstance(dispatcher.next(1.0), Joined)
+    with ExitStack() as stack:
+        if resume:
+            left = session._left(config, path, source, learner, stack)
+            run, identity, start = session._on_this_hardware(config, *left, first)
+        else:
+            run, identity, start = session._begin(config, path, source, learner, first, stack)
+        digest = config.result_digest()
+        recorder = Recorder(
+            run, run.claim_epoch(), start.state.version, start.state.digest, digest, config.execution.keep, False
+        )
+        metrics = Metrics(RunInfo("tiny", "maml", "", 0, digest), regression=True)
+        resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics, stop)
+        trainer = Trainer(resources, start.state, start.aggregator, start.recent, start.progress, start.expected)
+        if start.unvalidated:
+            trainer.validate()
+        trainer.run()
+        recorder.close()
+    return Driven(trainer, start.state.version, view, pool.submitted)
+
+
+def replayed(config: RunConfig, path: Path) -> Replayer:
+    """The run at ``path`` recomputed from its log, every digest compared."""
+    worker = ShardWorker(config, open_source(config))
+    replayer = Replayer(config, worker, MetaState.initial(config, worker.learner))
+    for entry in read_log(RunDirectory.open(path)):
+        replayer.apply(entry)
+    return replayer

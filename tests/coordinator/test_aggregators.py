@@ -43,10 +43,12 @@ def updated(result: Update | Dropped | None) -> Update:
 
 
 def test_the_tree_adds_neighbours_and_lifts_an_odd_one_as_it_is() -> None:
-    a, b, c, d, e = mixed_magnitudes(5)
+    a, b, c, d, e, f, g = mixed_magnitudes(7, size=100)
     assert np.array_equal(tree_sum([a]), a)
     assert np.array_equal(tree_sum([a, b, c]), (a + b) + c)
     assert np.array_equal(tree_sum([a, b, c, d, e]), ((a + b) + (c + d)) + e)
+    assert np.array_equal(tree_sum([a, b, c, d, e, f, g]), ((a + b) + (c + d)) + ((e + f) + g))
+    assert not np.array_equal(tree_sum([a, b, c, d, e, f, g]), a + b + c + d + e + f + g)
 
 
 @pytest.mark.parametrize("count", range(1, 18))

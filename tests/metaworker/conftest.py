@@ -16,7 +16,7 @@ from cluster.flat import Tensors
 from metaworker.learners.base import Learner
 
 SIDE = 12
-"""Height and width of the pictures."""
+"""Height and width of the pictures, where no other is asked for."""
 
 PlainNet = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(parameters, x, statistics to normalise with or ``None``) -> (outputs, the batch statistics of every block)."""
@@ -26,12 +26,14 @@ PlainNet = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 def pictures() -> Callable[..., Episodes]:
     """Episodes of one-channel pictures: a pattern for each class of each episode, with noise."""
 
-    def draw(episodes: int, way: int = 5, shot: int = 1, query: int = 3, seed: int = 0, noise: float = 0.7) -> Episodes:
-        generator = torch.Generator().manual_seed(seed)
-        patterns = torch.randn(episodes, way, 1, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    def draw(
+        episodes: int, way: int = 5, shot: int = 1, query: int = 3, noise: float = 0.7, side: int = SIDE
+    ) -> Episodes:
+        generator = torch.Generator().manual_seed(0)
+        patterns = torch.randn(episodes, way, 1, 1, side, side, generator=generator, dtype=torch.float64)
 
         def samples(count: int) -> tuple[Tensor, Tensor]:
-            drawn = torch.randn(episodes, way, count, 1, SIDE, SIDE, generator=generator, dtype=torch.float64)
+            drawn = torch.randn(episodes, way, count, 1, side, side, generator=generator, dtype=torch.float64)
             labels = torch.arange(way).repeat_interleave(count).repeat(episodes, 1)
             return (patterns + noise * drawn).flatten(1, 2), labels
 
@@ -44,8 +46,8 @@ def pictures() -> Callable[..., Episodes]:
 def waves() -> Callable[..., Episodes]:
     """Regression episodes: sinusoids of any amplitude and phase on [−5, 5]."""
 
-    def draw(episodes: int, shot: int = 6, query: int = 9, seed: int = 0) -> Episodes:
-        generator = torch.Generator().manual_seed(seed)
+    def draw(episodes: int, shot: int = 6, query: int = 9) -> Episodes:
+        generator = torch.Generator().manual_seed(0)
         amplitude = torch.rand(episodes, 1, 1, generator=generator, dtype=torch.float64) * 3 + 0.5
         phase = torch.rand(episodes, 1, 1, generator=generator, dtype=torch.float64) * 3
 

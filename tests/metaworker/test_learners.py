@@ -230,6 +230,26 @@ def test_exact_gradient_is_that_of_finite_differences(case: Case, draw: Any, per
         assert_close((loss(step) - loss(-step)) / (2 * step), slope, rtol=1e-5, atol=1e-7)
 
 
+WIDE = [
+    RunConfig(learner=section(), model=model(channels=32))
+    for section in REGISTERED
+    for model in (sections.Conv4Strided, sections.Conv4Pool)
+]
+
+
+@pytest.mark.parametrize("case", [case for case in map(Case, WIDE) if case.kind == "exact"], ids=str)
+@pytest.mark.parametrize("query", [2, 5])
+def test_float32_keeps_its_digits(case: Case, query: int, pictures: Draw, perturbed: Perturbed) -> None:
+    """A wider net on larger pictures: kernels that lose digits, some layouts of convolutions, do so there."""
+    learner, episodes = build_learner(case.config, (1, 28, 28)), pictures(2, query=query, side=28)
+    theta, state = perturbed(learner)
+    exact = contribution(learner, (theta, state), episodes, chunk=2).gradient
+    single = {name: tensor.float() for name, tensor in theta.items()}, {n: t.float() for n, t in state.items()}
+    rounded = contribution(learner, single, episodes.to(torch.device("cpu")), chunk=2).gradient
+    error = torch.cat([(rounded[name].double() - exact[name]).flatten() for name in exact]).norm()
+    assert error < 1e-4 * torch.cat([tensor.flatten() for tensor in exact.values()]).norm()
+
+
 # ---------------------------------------------------------------------------------------------- adaptation, prediction
 
 
@@ -258,9 +278,7 @@ def test_adaptation_vectorises_over_episodes(case: Case, draw: Any, perturbed: P
 
 
 @every_learner
-def test_only_transductive_predictions_depend_on_the_other_queries(
-    case: Case, draw: Any, perturbed: Perturbed
-) -> None:
+def test_only_transductive_predictions_depend_on_the_other_queries(case: Case, draw: Any, perturbed: Perturbed) -> None:
     learner, episodes = case.learner(), draw(case, 1)
     queries = episodes.query_x[0]
     adapted = learner.adapt(*perturbed(learner), episodes.support_x[0], episodes.support_y[0], {})[-1]

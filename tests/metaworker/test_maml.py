@@ -26,7 +26,7 @@ from metaworker.shard_worker import evaluate_episodes
 STRIDED, POOLED = sections.Conv4Strided(channels=4), sections.Conv4Pool(channels=4)
 MLP = sections.MLP(hidden=(8, 8))
 FEW, MANY = 2, 5
-"""Query samples a class of the 5: below and above where the learner scores episodes one by one instead of vectorised."""
+"""Query samples a class of the 5: below and above where episodes are scored one by one instead of vectorised."""
 
 Draw = Callable[..., Episodes]
 Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]

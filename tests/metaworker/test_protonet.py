@@ -22,7 +22,7 @@ from metaworker.learners.base import Context, Learner
 MODELS = (sections.Conv4Strided(channels=4), sections.Conv4Pool(channels=4), sections.MLP(hidden=(8,)))
 MODES = ("transductive", "support", "running")
 FEW, MANY = 2, 5
-"""Query samples a class of the 5: below and above where the learner scores episodes one by one instead of vectorised."""
+"""Query samples a class of the 5: below and above where episodes are scored one by one instead of vectorised."""
 
 Draw = Callable[..., Episodes]
 Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]

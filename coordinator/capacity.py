@@ -1,0 +1,49 @@
+"""How many workers the resources allow: fewer than asked for is said, none is refused, early where that is possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from cluster.config.run import RunConfig
+from cluster.errors import ClusterError
+from cluster.ray_runtime import usable_cpus
+
+
+def affordable_workers(config: RunConfig, resources: Mapping[str, float]) -> int:
+    """How many workers the free resources allow, at most as many as configured.
+
+    Raises:
+        ClusterError: not even one.
+    """
+    execution = config.execution
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    room = math.floor(cpus / execution.cpus_per_worker + 1e-9)
+    if execution.gpus_per_worker > 0:
+        room = min(room, math.floor(gpus / execution.gpus_per_worker + 1e-9))
+    if room < 1:
+        raise ClusterError(
+            f"not enough for one worker: it needs {execution.cpus_per_worker:g} CPUs and "
+            f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; lower "
+            "execution.cpus_per_worker or execution.gpus_per_worker, or free some"
+        )
+    return min(room, execution.workers or room)
+
+
+def refuse_unaffordable(config: RunConfig) -> None:
+    """Refuse what this machine cannot give, before Ray is started on it.
+
+    Raises:
+        ClusterError: not even one worker.
+    """
+    if config.execution.address == "local":
+        affordable_workers(config, {"CPU": usable_cpus(), "GPU": torch.cuda.device_count()})
+
+
+def say_workers(config: RunConfig, workers: int, say: Callable[[str], None]) -> None:
+    """Say so if there are fewer workers than were asked for."""
+    asked = config.execution.workers
+    if asked is not None and workers < asked:
+        say(f"{asked} workers were asked for, the free resources allow {workers}: going on with {workers}")

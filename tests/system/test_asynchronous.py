@@ -1,0 +1,118 @@
+"""Asynchronous runs: the bound on staleness holds with a slow worker, and the log gives the digest again."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cluster.config.run import RunConfig
+from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
+from coordinator.checkpoint import list_checkpoints, version_of
+from coordinator.commit_log import Entry
+from coordinator.run_dir import RunDirectory
+from metaworker.actor import WorkerActor
+from tests.system.driving import Command, Finished, entries_of
+
+pytestmark = pytest.mark.ray
+
+BOUND = 4
+
+SINUSOID = (
+    *("train", "sinusoid-maml", "--learner.inner_lr", 0.001, "--evaluation.episodes", 20, "--evaluation.every", 0),
+    *("--aggregator.type", "async", "--aggregator.staleness_bound", BOUND, "--execution.cpus_per_worker", 0.5),
+    *("--workers", 2, "--run-dir", "run"),
+)
+
+
+def slowed(slot: int, factor: int) -> type[WorkerActor]:
+    """A worker actor that takes ``factor`` times as long in one slot. A local class, so that it travels by value."""
+
+    class SlowedActor:
+        def __init__(self, config: RunConfig, mine: int) -> None:
+            self._actor = WorkerActor(config, mine)
+            self._wait = factor - 1 if mine == slot else 0
+
+        def hello(self) -> WorkerHello:
+            return self._actor.hello()
+
+        def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
+            started = time.perf_counter()
+            result = self._actor.compute(published, order)
+            if isinstance(order, ShardTask):
+                time.sleep(self._wait * (time.perf_counter() - started))
+            return result
+
+    return SlowedActor  # type: ignore[return-value]
+
+
+def staleness(entries: list[Entry]) -> list[int]:
+    """Of everything that was applied."""
+    return [entry.version - 1 - counted.base_version for entry in entries for counted in entry.counted]
+
+
+def assert_each_counts_at_most_once(entries: list[Entry]) -> None:
+    shards = [counted.shard for entry in entries for counted in entry.counted]
+    dropped = [drop.shard for entry in entries for drop in entry.dropped]
+    assert len(set(shards + dropped)) == len(shards) + len(dropped)
+
+
+def test_a_slow_worker_stays_within_the_bound(
+    here: Callable[..., Finished], cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coordinator import ray_pool
+
+    monkeypatch.setattr(ray_pool, "RayPool", partial(ray_pool.RayPool, actor=slowed(slot=0, factor=5)))
+    report = here(*SINUSOID, "--steps", 60, "--address", cluster, "--json").report
+    entries = entries_of(tmp_path / "run")
+    assert report["workers"] == 2
+    assert [entry.version for entry in entries] == list(range(1, 61))
+    assert 0 < max(staleness(entries)) <= BOUND
+    # The slow worker's replies come five and ten versions late: most of them were too old.
+    dropped = [(entry.version - 1, drop) for entry in entries for drop in entry.dropped]
+    assert dropped and report["failures"]["stale"] >= len(dropped)
+    assert all(version - drop.base_version > BOUND for version, drop in dropped)
+    assert all(f"above the bound {BOUND}" in drop.reason for _, drop in dropped)
+    assert_each_counts_at_most_once(entries)
+    assert any(counted.weight < 1 for entry in entries for counted in entry.counted)
+
+    replayed = here("replay", "run", "--json").report
+    assert (replayed["digest"], replayed["version"]) == (report["digest"], 60)
+    assert replayed["dropped"] == len(dropped)
+    inspected = here("inspect", "run", "--json").report
+    assert inspected["max_staleness"] == max(staleness(entries))
+
+
+def test_a_buffered_run_is_killed_stopped_and_resumed(command: Command, here: Callable[..., Finished]) -> None:
+    run = command.folder / "run"
+    argv = ("--steps", 150, "--aggregator.buffer", 3, "--execution.checkpoint_every", 20, "--json")
+    driver = command.start(*SINUSOID, *argv)
+    driver.until_version(run, 30)
+    driver.send(signal.SIGKILL)
+    driver.finish()
+    before = entries_of(run)
+    driver.must_leave_nothing()
+
+    second = command.start("train", "--resume", run, "--json")
+    reached = second.until_version(run, len(before) + 10)
+    second.send(signal.SIGINT)
+    finished = second.finish()
+    assert (finished.code, finished.out) == (128 + signal.SIGINT, "")
+    assert "go on with: metafleet train --resume" in finished.err
+    assert reached <= version_of(list_checkpoints(RunDirectory(run).checkpoints)[-1])[0] < 150
+    second.must_leave_nothing()
+
+    report = command.run("train", "--resume", run, "--json").report
+    entries = entries_of(run)
+    assert report["version"] == 150 and RunDirectory(run).epochs() == [1, 2, 3]
+    assert [entry.version for entry in entries] == list(range(1, 151))
+    assert entries[: len(before)] == before
+    assert all(len(entry.counted) == 3 for entry in entries)
+    assert 0 < max(staleness(entries)) <= BOUND
+    assert_each_counts_at_most_once(entries)
+    replayed = here("replay", run, "--json").report
+    assert (replayed["digest"], replayed["version"]) == (report["digest"], 150)

@@ -1,0 +1,119 @@
+"""Clusters that others have started, and workers that cannot start."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cluster.config.run import RunConfig
+from cluster.errors import StoreError
+from cluster.messages import WorkerHello
+from cluster.ray_runtime import ray_cluster
+from metaworker.actor import WorkerActor
+from tests.system.driving import Command, Finished, wait_for
+
+pytestmark = pytest.mark.ray
+
+SHORT = ("train", "sinusoid-maml", "--steps", 3, "--evaluation.every", 0, "--evaluation.episodes", 20)
+"""A run of three versions."""
+
+Kind = type[WorkerActor]
+
+
+def raises_in_hello() -> Kind:
+    class Actor(WorkerActor):
+        def hello(self) -> WorkerHello:
+            raise StoreError("the store is not the one it was")
+
+    return Actor
+
+
+def raises_when_made() -> Kind:
+    class Actor:
+        def __init__(self, config: RunConfig, slot: int) -> None:
+            raise ZeroDivisionError("a defect")
+
+    return Actor  # type: ignore[return-value]
+
+
+def reads_other_data(slot: int) -> Kind:
+    class Actor(WorkerActor):
+        def hello(self) -> WorkerHello:
+            said = super().hello()
+            return replace(said, store_digest="0" * 64) if self._slot == slot else said
+
+    return Actor
+
+
+@pytest.fixture
+def with_actor(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kind], None]:
+    """Makes runs in this process use another worker actor."""
+
+    def use(actor: Kind) -> None:
+        from coordinator import ray_pool
+
+        monkeypatch.setattr(ray_pool, "RayPool", partial(ray_pool.RayPool, actor=actor))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("actor", "why"),
+    [
+        pytest.param(raises_in_hello(), "the store is not the one it was", id="refuses"),
+        pytest.param(raises_when_made(), "workers fail to start: ZeroDivisionError: a defect", id="cannot be made"),
+        pytest.param(reads_other_data(0), "worker 0 on .* has another store .*give every node the same", id="other data"),
+    ],
+)
+def test_a_worker_that_cannot_take_part_ends_the_run_in_one_line(
+    actor: Kind, why: str, with_actor: Callable[[Kind], None], here: Callable[..., Finished], cluster: str, tmp_path: Path
+) -> None:
+    with_actor(actor)
+    finished = here(*SHORT, "--workers", 1, "--address", cluster, "--run-dir", "run", "--json")
+    assert (finished.code, finished.out) == (2, "")
+    lines = finished.err.splitlines()
+    assert re.search(f"^error: .*{why}", lines[-1]), finished.err
+    assert sum(line.startswith("error: ") for line in lines) == 1 and "Traceback" not in finished.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_later_worker_with_other_data_ends_the_run(
+    with_actor: Callable[[Kind], None], here: Callable[..., Finished], cluster: str
+) -> None:
+    with_actor(reads_other_data(1))
+    argv = ("--steps", 100_000, "--workers", 2, "--execution.cpus_per_worker", 0.5, "--address", cluster)
+    finished = here(*SHORT, *argv, "--run-dir", "run", "--json")
+    assert finished.code == 2 and "error: worker 1 on " in finished.err.splitlines()[-1]
+
+
+def test_a_joined_cluster_goes_on_and_has_its_resources_again(command: Command, cluster: str) -> None:
+    driver = command.start(*SHORT, "--workers", 3, "--address", cluster, "--run-dir", "run", "--json")
+    report = driver.finish().report
+    assert (report["version"], report["workers"]) == (3, 3)
+    driver.must_leave_nothing()
+    import ray
+
+    with ray_cluster(cluster):
+        wait_for(lambda: ray.available_resources()["CPU"] == 4, "all CPUs to be free", 30)
+
+
+def test_more_than_the_joined_cluster_has(here: Callable[..., Finished], cluster: str, tmp_path: Path) -> None:
+    argv = ("--execution.cpus_per_worker", 5, "--address", cluster, "--run-dir", "run")
+    error = here(*SHORT, *argv).error
+    assert "not enough for one worker: it needs 5 CPUs and 0 GPUs, free are 4 CPUs and 0 GPUs" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_cluster_to_find(command: Command) -> None:
+    started = time.monotonic()
+    folder = command.folder / "ray"
+    error = command.run(*SHORT, "--address", "auto", "--run-dir", "run", RAY_TMPDIR=str(folder)).error
+    assert "no Ray cluster at 'auto'" in error and "start one with `ray start --head`" in error
+    assert time.monotonic() - started < 60
+    assert not (command.folder / "run").exists()

@@ -1,0 +1,94 @@
+"""A synchronous run gives one digest: with any number of workers, after deaths, and when it is recomputed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from cluster.episodes.store import read_header
+from cluster.ray_runtime import usable_cpus
+from coordinator.checkpoint import list_checkpoints, version_of
+from coordinator.run_dir import RunDirectory
+from tests.system.conftest import STEPS, Pictures, Undisturbed
+from tests.system.driving import Command, Finished, entries_of
+
+pytestmark = pytest.mark.ray
+
+
+def test_one_worker(command: Command, pictures: Pictures, undisturbed: Undisturbed) -> None:
+    report = command.run("train", *pictures.argv, "--workers", 1, "--run-dir", "run", "--json").report
+    assert (report["workers"], undisturbed.report["workers"]) == (1, 2)
+    assert report["digest"] == undisturbed.report["digest"]
+    assert report["evaluation"] == undisturbed.report["evaluation"]
+
+
+def test_four_workers_on_a_joined_cluster(
+    command: Command, pictures: Pictures, undisturbed: Undisturbed, cluster: str
+) -> None:
+    argv = ("--workers", 4, "--execution.cpus_per_worker", 0.25, "--address", cluster)
+    report = command.run("train", *pictures.argv, *argv, "--run-dir", "run", "--json").report
+    assert report["workers"] == 4
+    assert report["digest"] == undisturbed.report["digest"]
+    assert report["evaluation"] == undisturbed.report["evaluation"]
+
+
+def test_a_killed_worker(command: Command, pictures: Pictures, undisturbed: Undisturbed) -> None:
+    half = usable_cpus() / 2
+    argv = ("--workers", 3, "--execution.cpus_per_worker", half, "--run-dir", "run", "--json")
+    driver = command.start("train", *pictures.argv, *argv)
+    version = driver.until_version(command.folder / "run", 10)
+    victim = driver.until(driver.workers, "a worker")[0]
+    os.kill(victim, signal.SIGKILL)
+    finished = driver.finish()
+    report = finished.report
+    assert version < STEPS
+    assert report["failures"] == {"worker_lost": 1}
+    assert report["digest"] == undisturbed.report["digest"]
+    assert "3 workers were asked for, the free resources allow 2: going on with 2" in finished.err
+    assert finished.err.count("replacing it") == 1
+    assert "(raylet)" not in finished.err and "\x1b" not in finished.err
+    driver.must_leave_nothing()
+
+
+def test_a_killed_driver(
+    command: Command, pictures: Pictures, undisturbed: Undisturbed, here: Callable[..., Finished]
+) -> None:
+    run = command.folder / "run"
+    driver = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", run)
+    driver.until_version(run, 30)
+    left_behind = driver.ray_folder()
+    driver.send(signal.SIGKILL)
+    assert driver.finish().code == -signal.SIGKILL
+    # Ray's processes notice by themselves that their driver is gone.
+    driver.must_leave_nothing()
+    before = entries_of(run)
+    checkpoint = version_of(list_checkpoints(RunDirectory(run).checkpoints)[-1])[0]
+    assert checkpoint <= len(before) < STEPS, "the log must hold a tail to recompute"
+
+    resumed = command.run("train", "--resume", run, "--json").report
+    entries = entries_of(run)
+    assert resumed["digest"] == undisturbed.report["digest"]
+    assert resumed["evaluation"] == undisturbed.report["evaluation"]
+    assert RunDirectory(run).epochs() == [1, 2]
+    assert [entry.version for entry in entries] == list(range(1, STEPS + 1))
+    assert entries[: len(before)] == before
+    assert entries == entries_of(undisturbed.run)
+    # A later driver clears up after a killed one.
+    assert not left_behind.exists()
+
+    replayed = here("replay", run, "--json").report
+    assert (replayed["digest"], replayed["version"]) == (undisturbed.report["digest"], STEPS)
+
+
+def test_replay(undisturbed: Undisturbed, here: Callable[..., Finished]) -> None:
+    report = here("replay", undisturbed.run, "--json").report
+    assert (report["version"], report["digest"]) == (STEPS, undisturbed.report["digest"])
+    half = here("replay", undisturbed.run, "--until", STEPS // 2, "--json").report
+    assert (half["version"], half["digest"]) == (STEPS // 2, entries_of(undisturbed.run)[STEPS // 2 - 1].digest)
+
+
+def test_the_digests_are_of_the_real_omniglot(omniglot: Pictures, undisturbed: Undisturbed) -> None:
+    assert RunDirectory(undisturbed.run).identity().store_digest == read_header(omniglot.store).digest

@@ -1,0 +1,77 @@
+"""Signals: a checkpoint, an exit code, a way to go on, and nothing left behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+from coordinator.checkpoint import list_checkpoints, version_of
+from coordinator.run_dir import RunDirectory
+from tests.system.conftest import STEPS, Pictures, Undisturbed
+from tests.system.driving import Command, Finished
+
+pytestmark = pytest.mark.ray
+
+
+def stopped(finished: Finished) -> int:
+    """The version that a stopped driver says it has come to."""
+    match = re.search(
+        rf"^stopped at version (\d+) of {STEPS}, checkpoint written; go on with: metafleet train --resume run$",
+        finished.err,
+        re.MULTILINE,
+    )
+    assert match, finished.err
+    return int(match[1])
+
+
+def test_stops_and_resumes_end_with_the_undisturbed_digest(
+    command: Command, pictures: Pictures, undisturbed: Undisturbed
+) -> None:
+    run = command.folder / "run"
+
+    def newest() -> int:
+        return version_of(list_checkpoints(RunDirectory(run).checkpoints)[-1])[0]
+
+    first = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", "run", "--json")
+    first.until_version(run, 5)
+    ray_folder = first.ray_folder()
+    assert "in use by a living run" in command.run("train", "--resume", "run").error
+    first.send(signal.SIGTERM)
+    finished = first.finish()
+    assert (finished.code, finished.out) == (128 + signal.SIGTERM, "")
+    reached = stopped(finished)
+    assert 5 <= reached == newest() < STEPS
+    first.must_leave_nothing()
+    assert not ray_folder.exists()
+
+    second = command.start("train", "--resume", "run", "--json")
+    second.until_version(run, reached + 5)
+    ray_folder = second.ray_folder()
+    second.send(signal.SIGINT)
+    second.until(lambda: "stopped at version" in second.err, "the checkpoint")
+    second.send(signal.SIGINT)
+    finished = second.finish()
+    assert (finished.code, finished.out) == (128 + signal.SIGINT, "")
+    assert reached + 5 <= stopped(finished) == newest() < STEPS
+    # What a driver does after its checkpoint includes removing this folder: it was not waited for.
+    assert ray_folder.exists()
+    second.must_leave_nothing()
+
+    report = command.run("train", "--resume", "run", "--json").report
+    assert report["digest"] == undisturbed.report["digest"]
+    assert report["evaluation"] == undisturbed.report["evaluation"]
+    assert RunDirectory(run).epochs() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_there_is_a_run_leaves_nothing(command: Command, number: signal.Signals) -> None:
+    driver = command.start("train", "sinusoid-maml", "--run-dir", "run")
+    driver.until(lambda: any("raylet" in name for name in driver.family().values()), "Ray")
+    driver.send(number)
+    finished = driver.finish()
+    assert (finished.code, finished.out) == (128 + number, "")
+    assert "Traceback" not in finished.err
+    assert not (command.folder / "run").exists()
+    driver.must_leave_nothing()
