@@ -16,6 +16,7 @@ from typing import cast
 
 from benchmarks.timed_actor import TimedActor, TimedContribution
 from cluster.config.run import RunConfig
+from cluster.episodes import open_source
 from cluster.messages import Published, WorkerHello
 from cluster.metrics import Metrics, RunInfo
 from coordinator.aggregators import build_aggregator
@@ -68,7 +69,7 @@ class Fleet:
         self._pool = _Tap(pool)
         self._dispatcher = Dispatcher(self._pool, config.execution.in_flight, config.execution.attempts)
         hello = self._all_joined()
-        self._learner = build_learner(config, (1, 28, 28))
+        self._learner = build_learner(config, open_source(config).sample_shape)
         self._state = MetaState.initial(config, self._learner)
         self._identity = RunIdentity(
             config.result_digest(),

@@ -10,13 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.ray_runtime import usable_cpus
+
 THREADS = 1
 """Threads of every process that computes."""
-
-
-def cores() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def describe() -> dict[str, Any]:
@@ -24,7 +21,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": _cpu_model(),
-        "cores": cores(),
+        "cores": usable_cpus(),
         "threads": THREADS,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": [round(load, 2) for load in os.getloadavg()],

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from benchmarks.bare import bare_processes
 from benchmarks.fleet import Segment, fleet
-from benchmarks.machine import cores
 from benchmarks.report import Cell, Floor, Result, Sheet
 from benchmarks.rounds import Spread, interleave, ratios
 from benchmarks.workload import calibrated_shard, config
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import ray_cluster, usable_cpus
 
 WORKERS = (1, 2, 4)
 SHARDS = 8
@@ -32,8 +31,8 @@ def measure(quick: bool) -> Result:
     rows: list[dict[str, Cell]] = []
     floors = []
     with ray_cluster("local"):
-        for workers in (count for count in WORKERS if count <= cores()):
-            row, ratio = _compare(workers, episodes, rounds=2 if quick else 7, versions=1 if quick else 3)
+        for workers in (count for count in WORKERS if count <= usable_cpus()):
+            row, ratio = _compare(workers, episodes, rounds=2 if quick else 9, versions=1 if quick else 2)
             rows.append(row)
             floors.append(Floor(f"{workers} workers: Ray / bare processes running free", ratio.median, FLOOR))
     note = (

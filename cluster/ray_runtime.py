@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -65,7 +66,9 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
         os.environ.setdefault(name, value)
     import ray
 
-    if not local and address != "auto":
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or address
+    if re.fullmatch(r".+:\d+", address):
         _refuse_absent(address, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     if ray.is_initialized():
         raise ClusterError("Ray is initialised in this process already: end that session before starting a run")
@@ -87,6 +90,8 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
                 # Ray's own handler of SIGTERM exits with the bare number.
                 raise SystemExit(128 + signal.SIGTERM if stop.code == signal.SIGTERM else stop.code) from stop
             after_init()
+            if not local:
+                _refuse_private(ray.nodes())  # type: ignore[no-untyped-call]
             yield ray.available_resources()  # type: ignore[no-untyped-call]
         finally:
             ray.shutdown()
@@ -127,6 +132,19 @@ def _refuse_absent(address: str, node: str) -> None:
         except OSError as error:
             reasons.append(error)
     raise ClusterError(_why_not(address, reasons[0]))
+
+
+def _refuse_private(nodes: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse the local cluster of another run, which ``auto`` may have found: it ends with that run.
+
+    Raises:
+        ClusterError: it is one.
+    """
+    if any(f"/{FOLDER}" in str(node.get("RayletSocketName")) for node in nodes):
+        raise ClusterError(
+            "the only Ray cluster found is another run's own, which ends with it: start one with `ray start --head`, "
+            "give its HOST:PORT, or leave out --address"
+        )
 
 
 @contextmanager

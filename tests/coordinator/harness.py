@@ -284,6 +284,11 @@ class FakePool:
         """One of the late events arrives."""
         self._events.append(self.late.pop(index))
 
+    def forget(self) -> None:
+        """Orders may be given once more, from attempt 0."""
+        self._attempts.clear()
+        self.suspects.clear()
+
     def _computed(self, slot: int, order: Order, result: Contribution | EvaluationPart | None) -> Reply:
         return Reply(slot, order, self._answers(slot, order) if result is None else result, 20)
 

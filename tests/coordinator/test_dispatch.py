@@ -488,6 +488,23 @@ def test_what_is_forgotten_never_comes_back_but_occupies_its_worker_until_it_is_
     assert kinds(drain(dispatcher, pool)) == ["Evaluated"]
 
 
+def test_a_forgotten_attempt_settles_nothing_when_its_order_is_given_again() -> None:
+    dispatcher, pool = started(2)
+    submit(dispatcher, shard(0))
+    pool.error(0)
+    drain(dispatcher, pool)
+    assert pool.orders(1) == [replace(shard(0), attempt=1)]
+    dispatcher.forget()
+    pool.forget()
+    submit(dispatcher, shard(0))
+    assert pool.orders(0) == [shard(0)]
+    pool.reply(1)
+    assert drain(dispatcher, pool) == [] and dispatcher.busy
+    pool.reply(0)
+    (outcome,) = drain(dispatcher, pool)
+    assert isinstance(outcome, Accepted) and outcome.contribution.attempt == 0
+
+
 def test_an_outcome_that_was_not_fetched_is_forgotten_and_its_failures_are_not() -> None:
     dispatcher, pool = started(2)
     submit(dispatcher, shard(0))

@@ -84,6 +84,7 @@ def test_every_step_has_the_bits_of_torch_s_own(case: str, schedule: Schedule | 
             theta = theta.clone()
 
 
+@pytest.mark.filterwarnings("error:.*not writable")
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_leaves_its_arguments_as_they_are(case: str) -> None:
     optimizer = OuterOptimizer(RunConfig(steps=STEPS, optimizer=CASES[case][0]))

@@ -21,6 +21,7 @@ from cluster.episodes.types import Episodes, EpisodeSource
 from cluster.flat import FlatSpec
 from cluster.messages import EvaluationTask, Published, ShardTask, SplitName
 from metaworker.learners import build_learner
+from metaworker.learners.base import Context
 from metaworker.shard_worker import ShardWorker
 
 # Of a tensor over memory that is not writable torch only warns, and that once a process.
@@ -180,6 +181,20 @@ def test_a_contribution_has_what_the_message_says(learner: sections.Learner) -> 
     assert all(rows.shape == (8, 4) and rows.dtype == np.float32 for rows in done.proposals.values())
     assert done.fingerprint == worker.fingerprint
     assert worker.layout == FlatSpec.of(worker.learner.meta_parameters(0))
+
+
+@every_learner
+def test_a_contribution_is_the_learners_on_the_episodes_of_the_shard(learner: sections.Learner) -> None:
+    worker = worker_of(learner)
+    published = published_by(worker)
+    done = worker.compute(published, ShardTask(shard=6, first_episode=48, episodes=3, base_version=4))
+    theta = worker.layout.unflatten(torch.from_numpy(published.theta.copy()))
+    episodes = PictureSource().sample("train", 48, 3, WAY, SHOT, QUERY)
+    expected = worker.learner.contribute(theta, {}, episodes, Context(published.version, chunk=3))
+    assert np.array_equal(done.gradient, np.concatenate([g.numpy().ravel() for g in expected.gradient.values()]))
+    assert all(np.array_equal(done.proposals[name], rows.numpy()) for name, rows in expected.proposals.items())
+    assert done.statistics.loss == pytest.approx(expected.loss.mean().item())
+    assert done.statistics.metric == pytest.approx(expected.metric.mean().item())
 
 
 @every_learner

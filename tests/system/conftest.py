@@ -171,7 +171,13 @@ def cluster(environment: dict[str, str]) -> Iterator[str]:
         "max-worker-port": 0,
         "include-dashboard": "false",
     }
-    argv = ["start", "--head", "--block", "--disable-usage-stats", *(f"--{name}={value}" for name, value in flags.items())]
+    argv = [
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
     with Command(folder, environment) as command:
         head = command.start(*argv, script=Path(sys.executable).with_name("ray"))
         head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")

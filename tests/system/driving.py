@@ -8,6 +8,7 @@ wait_for   waits for a condition, not for a time
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -89,7 +90,12 @@ class Driver:
         self._out, self._err = folder / f"{number}.out", folder / f"{number}.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                argv, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                argv,
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
                 start_new_session=True,
             )
         self.pid = self._process.pid
@@ -160,11 +166,9 @@ class Driver:
 
     def end(self) -> None:
         """Kills it and what it has started."""
-        for pid in [self.pid, *self.family()] if self.alive else self.family():
-            try:
+        for pid in self.family():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
 
 

@@ -18,16 +18,15 @@ Conditions: shards of 100 ms or more, 4 a worker and version.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.fleet import Span, fleet
-from benchmarks.machine import cores
 from benchmarks.report import Cell, Floor, Result, Sheet
 from benchmarks.rounds import Spread
 from benchmarks.workload import SHORTEST, calibrated_shard, config
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import ray_cluster, usable_cpus
 
 WORKERS = (1, 2, 4)
 SHARDS = 4
@@ -56,7 +55,7 @@ def measure(quick: bool) -> Result:
     versions = 6 if quick else 25
     rows, floors = [], []
     with ray_cluster("local"):
-        for workers in (count for count in WORKERS if count <= cores()):
+        for workers in (count for count in WORKERS if count <= usable_cpus()):
             job = config(episodes, shards=SHARDS * workers)
             with fleet(job, workers) as ray:
                 ray.run(1)  # warm up
@@ -76,15 +75,17 @@ def windows(spans: Iterable[Span], workers: int) -> list[Window]:
     for span in sorted(spans, key=lambda span: span.finished):
         versions[span.version][span.worker].append(span)
     ends = {v: max(span.finished for own in by.values() for span in own) for v, by in versions.items()}
-    ordered = sorted(versions)
-    return [
-        _window(versions[before], versions[version], ends[before], ends[version], workers)
-        for before, version in pairwise(ordered)
-    ]
+    found = []
+    last: dict[int, float] = {}
+    """When each worker finished its last shard before the window."""
+    for before, version in pairwise(sorted(versions)):
+        last |= {worker: own[-1].finished for worker, own in versions[before].items()}
+        found.append(_window(versions[version], last, ends[before], ends[version], workers))
+    return found
 
 
 def _window(
-    before: dict[int, list[Span]], version: dict[int, list[Span]], start: float, end: float, workers: int
+    version: Mapping[int, list[Span]], last: Mapping[int, float], start: float, end: float, workers: int
 ) -> Window:
     turnaround = gaps = imbalance = 0.0
     for worker in range(workers):
@@ -92,9 +93,8 @@ def _window(
         if not own:
             turnaround += end - start
             continue
-        # Since its last shard, in whatever version that was; what lies before the window was imbalance.
-        waited_since = before[worker][-1].finished if worker in before else start
-        turnaround += max(0.0, waited_since + own[0].idle - start)
+        # What of its wait lies before the window was imbalance, or has been counted.
+        turnaround += max(0.0, last.get(worker, start) + own[0].idle - start)
         gaps += sum(span.idle for span in own[1:])
         imbalance += end - own[-1].finished
     return Window(workers * (end - start), turnaround, gaps, imbalance)
