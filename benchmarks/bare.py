@@ -1,12 +1,13 @@
 """The same shards in bare processes: each computes its own with a ``ShardWorker`` in a loop, no coordinator, no Ray.
 
-A process gets new parameters to load for each version, as a Ray worker does. They may run freely, or meet at a barrier
-after each version.
+A process gets new parameters to load for each version and has the niceness of a Ray worker, so that other load hits
+both alike. They may run freely, or meet at a barrier after each version.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +36,16 @@ class _Command:
 
 
 class BareProcesses:
-    """Processes that each compute ``shards`` shards of every version."""
+    """Processes that each compute ``shards`` shards of every version.
 
-    def __init__(self, config: RunConfig, count: int, shards: int) -> None:
+    Args:
+        config: of the run.
+        count: how many processes.
+        shards: of each process and version.
+        niceness: of the processes.
+    """
+
+    def __init__(self, config: RunConfig, count: int, shards: int, niceness: int) -> None:
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(count)
         self._per_version = count * shards * config.shard.episodes
@@ -47,7 +55,7 @@ class BareProcesses:
         self._pipes: list[Connection] = []
         for index in range(count):
             here, there = context.Pipe()
-            arguments = (config, index, count, shards, there, barrier)
+            arguments = (config, index, count, shards, niceness, there, barrier)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -89,17 +97,20 @@ class BareProcesses:
 
 
 @contextmanager
-def bare_processes(config: RunConfig, count: int, shards: int) -> Iterator[BareProcesses]:
+def bare_processes(config: RunConfig, count: int, shards: int, niceness: int) -> Iterator[BareProcesses]:
     """Bare processes that end with the block."""
-    processes = BareProcesses(config, count, shards)
+    processes = BareProcesses(config, count, shards, niceness)
     try:
         yield processes
     finally:
         processes.close()
 
 
-def _serve(config: RunConfig, index: int, count: int, shards: int, pipe: Connection, barrier: Barrier) -> None:
+def _serve(
+    config: RunConfig, index: int, count: int, shards: int, niceness: int, pipe: Connection, barrier: Barrier
+) -> None:
     """A process: answers commands until the pipe is closed."""
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
     worker = ShardWorker(config, open_source(config), index)
     published, episodes = initial_parameters(worker), config.shard.episodes
     pipe.send((0.0, 0.0))

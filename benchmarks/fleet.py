@@ -6,6 +6,7 @@ run directory, publishing); there is no validation, and the checkpoint at a segm
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Fleet:
         self._pool = _Tap(pool)
         self._dispatcher = Dispatcher(self._pool, config.execution.in_flight, config.execution.attempts)
         hello = self._all_joined()
+        self.niceness = os.getpriority(os.PRIO_PROCESS, hello.pid)
+        """Of the workers: Ray gives them 15 and the driver 0."""
         self._learner = build_learner(config, open_source(config).sample_shape)
         self._state = MetaState.initial(config, self._learner)
         self._identity = RunIdentity(

@@ -44,7 +44,7 @@ def measure(quick: bool) -> Result:
 
 def _compare(workers: int, episodes: int, rounds: int, versions: int) -> tuple[dict[str, Cell], Spread]:
     job = config(episodes, shards=SHARDS * workers)
-    with fleet(job, workers) as ray, bare_processes(job, workers, SHARDS) as bare:
+    with fleet(job, workers) as ray, bare_processes(job, workers, SHARDS, ray.niceness) as bare:
         segments: list[Segment] = []
 
         def through_ray() -> float:

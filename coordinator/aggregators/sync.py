@@ -17,7 +17,7 @@ from coordinator.aggregators.base import Dropped, Update, summarise
 
 
 def tree_sum(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The sum of one or more arrays in a fixed binary tree over their order; an odd one at the end moves up as it is."""
+    """The sum of one or more arrays in a fixed binary tree over their order; an odd one at the end moves up as is."""
     level = list(arrays)
     while len(level) > 1:
         pairs = [a + b for a, b in zip(level[0::2], level[1::2], strict=False)]

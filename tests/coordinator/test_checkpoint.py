@@ -107,9 +107,22 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     loaded = checkpoints.load(path, LAYOUT, "config")
     assert_equal_bits(saved, loaded)
     assert loaded.state.optimizer["step"].shape == () and loaded.state.state["count"].shape == ()
-    loaded.state.theta.add_(1)  # writable, unlike a view of what was read
     again, _ = checkpoints.save(tmp_path, checkpoints.load(path, LAYOUT), epoch=4)
     assert (again / TENSORS).read_bytes() == (path / TENSORS).read_bytes()
+
+
+def test_what_is_loaded_is_no_view_of_the_file_s_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = checkpoints.save(tmp_path, whole(), 1)
+    read: dict[str, np.ndarray] = {}
+    real = checkpoints.load_arrays
+    monkeypatch.setattr(checkpoints, "load_arrays", lambda data: read.setdefault("all", real(data)))
+    loaded = checkpoints.load(path, LAYOUT)
+    arrays = [loaded.state.theta.numpy(), *(tensor.numpy() for tensor in loaded.state.optimizer.values())]
+    arrays += [*loaded.state.state.values(), *(c.gradient for c, _ in loaded.pending)]
+    for published in loaded.recent:
+        arrays += [published.theta, *published.state.values()]
+    assert len(arrays) == 12
+    assert not any(np.shares_memory(array, other) for array in arrays for other in read["all"].values())
 
 
 def test_a_first_checkpoint_has_no_optimizer_state_and_nothing_pending(tmp_path: Path) -> None:
@@ -352,10 +365,10 @@ def names(folder: Path) -> list[tuple[int, int]]:
 
 
 def test_checkpoints_are_listed_by_version_then_epoch(tmp_path: Path) -> None:
-    fill(tmp_path, (900, 2), (1000, 1), (900, 11), (100_000_000, 1), (900, 10_000))
+    fill(tmp_path, (900, 2), (99_999_999, 1), (900, 9999), (100_000_000, 1), (900, 10_000))
     (tmp_path / "v00000950-e0001.old").mkdir()
     (tmp_path / "notes.txt").touch()
-    assert names(tmp_path) == [(900, 2), (900, 11), (900, 10_000), (1000, 1), (100_000_000, 1)]
+    assert names(tmp_path) == [(900, 2), (900, 9999), (900, 10_000), (99_999_999, 1), (100_000_000, 1)]
     assert checkpoints.list_checkpoints(tmp_path / "gone") == []
 
 

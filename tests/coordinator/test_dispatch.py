@@ -283,6 +283,23 @@ def test_a_failed_shard_waits_for_another_worker_s_turn() -> None:
     assert pool.orders(1) == [shard(3), replace(shard(0), attempt=1)]
 
 
+def test_a_new_worker_in_a_slot_is_one_that_has_not_tried_it() -> None:
+    dispatcher, pool = started(3)
+    submit(dispatcher, *map(shard, range(3)))
+    pool.error(0)
+    pool.reply(1)
+    drain(dispatcher, pool)
+    assert pool.orders(1) == [replace(shard(0), attempt=1)]
+    submit(dispatcher, shard(3))
+    pool.lose(0)
+    drain(dispatcher, pool)
+    pool.ready(0)
+    drain(dispatcher, pool)
+    pool.error(1)
+    drain(dispatcher, pool)
+    assert pool.orders(0) == [replace(shard(0), attempt=2)]
+
+
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 @pytest.mark.parametrize("how", ["error", "lose"])
 def test_a_shard_that_fails_in_all_its_attempts_ends_the_run(attempts: int, how: str) -> None:
@@ -412,6 +429,28 @@ def test_a_new_worker_in_the_first_one_s_slot_may_give_the_second_opinion() -> N
     assert pool.orders(0) == [replace(shard(0), attempt=1), replace(shard(2), attempt=1)]
 
 
+def test_nothing_speaks_against_a_new_worker_in_the_first_one_s_slot() -> None:
+    dispatcher, pool = started(2, limit=3, attempts=9)
+    submit(dispatcher, shard(0))
+    reply_bad(pool, 0)
+    drain(dispatcher, pool)
+    pool.error(1)
+    drain(dispatcher, pool)
+    assert pool.orders(1) == [replace(shard(0), attempt=2)]
+    submit(dispatcher, shard(1))
+    pool.lose(0)
+    drain(dispatcher, pool)
+    pool.ready(0)
+    drain(dispatcher, pool)
+    pool.error(1)
+    drain(dispatcher, pool)
+    # Both present workers have failed at it, neither has given the reply in doubt: the less loaded one is asked.
+    pool.error(0)
+    drain(dispatcher, pool)
+    assert pool.orders(1) == [replace(shard(1), attempt=1)]
+    assert pool.orders(0) == [replace(shard(0), attempt=4)]
+
+
 # ---------------------------------------------------------------------------------------------- starts, evaluation, end
 
 
@@ -486,6 +525,19 @@ def test_what_is_forgotten_never_comes_back_but_occupies_its_worker_until_it_is_
     submit(dispatcher, evaluation(1))
     pool.reply(0)
     assert kinds(drain(dispatcher, pool)) == ["Evaluated"]
+
+
+def test_what_waits_for_room_is_forgotten_as_well() -> None:
+    dispatcher, pool = started(2)
+    submit(dispatcher, *map(shard, range(4)))
+    pool.error(0)
+    drain(dispatcher, pool)
+    assert dispatcher.room == 0
+    dispatcher.forget()
+    assert dispatcher.room == 1
+    pool.reply(1)
+    assert drain(dispatcher, pool) == []
+    assert pool.orders(1) == [shard(3)]
 
 
 def test_a_forgotten_attempt_settles_nothing_when_its_order_is_given_again() -> None:

@@ -324,7 +324,7 @@ def test_evaluation_scores_what_the_learner_predicts(learner: sections.Learner, 
     published = published_by(worker)
     part = worker.evaluate(published, orders(episodes=4, shot=1, query=4, batch_norm=mode))
     assert part.confusion is not None
-    alone = build_learner(worker.config, (1, 12, 12), WAY, mode)
+    alone = build_learner(config_of(learner, model=sections.Conv4Strided(channels=4, batch_norm=mode)), (1, 12, 12))
     theta = worker.layout.unflatten(torch.from_numpy(published.theta.copy()))
     state = {name: torch.from_numpy(rows.copy()) for name, rows in published.state.items()}
     episodes = PictureSource().sample("val", 0, 4, WAY, 1, 4)

@@ -39,7 +39,7 @@ def test_nothing_is_left_of_a_run_that_ended(undisturbed: Undisturbed) -> None:
 def test_metrics_can_be_scraped_while_it_runs(undisturbed: Undisturbed) -> None:
     families = {family.name: family for family in text_string_to_metric_families(undisturbed.scraped)}
     wanted = {
-        *("run", "episodes", "shards", "commits", "version", "loss", "accuracy_ratio", "gradient_norm"),
+        *("run_info", "episodes", "shards", "commits", "version", "loss", "accuracy_ratio", "gradient_norm"),
         *("staleness_versions", "shard_latency_seconds", "in_flight_shards", "workers_alive", "failures"),
         *("checkpoint_age_seconds", "published_bytes", "received_bytes", "worker_shards", "worker_idle_seconds"),
     }

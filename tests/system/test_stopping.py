@@ -10,7 +10,7 @@ import pytest
 from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.run_dir import RunDirectory
 from tests.system.conftest import STEPS, Pictures, Undisturbed
-from tests.system.driving import Command, Finished
+from tests.system.driving import AGENTS, Command, Finished
 
 pytestmark = pytest.mark.ray
 
@@ -57,7 +57,7 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
     assert reached + 5 <= stopped(finished) == newest() < STEPS
     # What a driver does after its checkpoint includes removing this folder: it was not waited for.
     assert ray_folder.exists()
-    second.must_leave_nothing()
+    second.must_leave_nothing(but=AGENTS)
 
     report = command.run("train", "--resume", "run", "--json").report
     assert report["digest"] == undisturbed.report["digest"]
@@ -74,4 +74,4 @@ def test_a_stop_before_there_is_a_run_leaves_nothing(command: Command, number: s
     assert (finished.code, finished.out) == (128 + number, "")
     assert "Traceback" not in finished.err
     assert not (command.folder / "run").exists()
-    driver.must_leave_nothing()
+    driver.must_leave_nothing(but=AGENTS)
