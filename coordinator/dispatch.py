@@ -183,6 +183,9 @@ class Dispatcher:
         key, work = order_key(reply.order), self._current(reply.order)
         if work is None:
             return
+        if isinstance(reply.result, Contribution) and reply.result.content_digest() != reply.result.digest:
+            self._fault(work, Failed(reply.slot, reply.order, "shard_error", "its reply was damaged on its way"))
+            return
         if isinstance(reply.result, EvaluationPart):
             del self._work[key]
             self._outcomes.append(Evaluated(reply.result))
@@ -226,10 +229,14 @@ class Dispatcher:
         queue.remove(failed.order)
         work = self._current(failed.order)
         if work is not None:
-            self._outcomes.append(Failure("shard_error", f"{describe(failed.order)} failed: {failed.message}"))
-            work.tried.add(failed.slot)
-            work.suspect = failed.slot if work.first is None else work.suspect
-            self._blame(work, failed)
+            self._fault(work, failed)
+
+    def _fault(self, work: _Work, failed: Failed) -> None:
+        """An attempt failed on a worker that lives on."""
+        self._outcomes.append(Failure("shard_error", f"{describe(work.order)} failed: {failed.message}"))
+        work.tried.add(failed.slot)
+        work.suspect = failed.slot if work.first is None else work.suspect
+        self._blame(work, failed)
 
     def _lose(self, queue: list[Order], failed: Failed) -> None:
         lost = [self._current(order) for order in queue]

@@ -192,13 +192,12 @@ def _left(
     else:
         at = Checkpoint(initial, (), (), (), 0, identity.config_digest, 0, 0.0)
     progress = Progress(at.episodes, at.seconds)
-    tail = entries[at.state.version :]
     if isinstance(config.aggregator, AsyncAggregator):
-        start = _start_async(config, source, at, entries, tail, progress)
+        start = _start_async(config, source, identity, at, entries, progress)
     else:
         # A synchronous run recomputes the tail itself, and must come to the logged digests.
         aggregator = build_aggregator(config.aggregator, at.state.version, pending=at.pending)
-        start = Start(at.state, aggregator, (), progress, {entry.version: entry.digest for entry in tail})
+        start = Start(at.state, aggregator, (), progress, {e.version: e.digest for e in entries[at.state.version :]})
     return run, identity, replace(start, unvalidated=_unvalidated(config, run, start.state.version))
 
 
@@ -254,13 +253,24 @@ def _begin(
 def _start_async(
     config: RunConfig,
     source: EpisodeSource,
+    identity: RunIdentity,
     at: Checkpoint,
     entries: list[Entry],
-    tail: list[Entry],
     progress: Progress,
 ) -> Start:
-    """Replay what was logged after the checkpoint, then go on; what was in flight is issued again."""
-    replayer = Replayer(config, ShardWorker(config, source), at.state, at.recent)
+    """Replay what was logged after the checkpoint, then go on; what was in flight is issued again.
+
+    Raises:
+        FingerprintError: there is something to replay, and it was computed on other hardware.
+    """
+    tail = entries[at.state.version :]
+    worker = ShardWorker(config, source)
+    if tail and worker.fingerprint != identity.fingerprint:
+        raise FingerprintError(
+            f"{len(tail)} versions of this run are in its log alone and must be recomputed on hardware and software as "
+            f"before ({dict(identity.fingerprint_detail)}, here {worker.fingerprint_detail}): resume it there"
+        )
+    replayer = Replayer(config, worker, at.state, at.recent)
     for entry in tail:
         replayer.apply(entry)
     prepare("cpu", threads=1)

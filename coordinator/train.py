@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from cluster.config.run import RunConfig
 from cluster.config.sections import AsyncAggregator
 from cluster.errors import FingerprintError, MetafleetError, NumericsError
-from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
+from cluster.messages import EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from cluster.metrics import Metrics
 from coordinator.aggregators.asynchronous import staleness_weight
 from coordinator.aggregators.base import Aggregator, Dropped, Update
@@ -34,6 +34,9 @@ from coordinator.recorder import Recorder
 from coordinator.run_dir import RunIdentity
 from coordinator.view import Snapshot, View
 from metaworker.learners.base import Learner
+
+NONFINITE_WINDOW = 16
+"""Contributions of an asynchronous run over which the share of non-finite ones is judged: a commit may hold but one."""
 
 
 @dataclass
@@ -98,9 +101,11 @@ class Trainer:
         self._expected = dict(expected or {})
         config = resources.config
         aggregation = config.aggregator
-        bound, self._exponent = 0, 0.0
+        bound, self._exponent, window = 0, 0.0, config.shards_per_version
         if isinstance(aggregation, AsyncAggregator):
             bound, self._exponent = aggregation.staleness_bound, aggregation.staleness_exponent
+            window = max(window, NONFINITE_WINDOW)
+        self._judged: deque[tuple[int, bool]] = deque(maxlen=window)
         self._recent = deque(recent, maxlen=bound) if bound else deque[Published](maxlen=0)
         self._optimizer = OuterOptimizer(config)
         self._dropped: list[Dropped] = []
@@ -156,7 +161,6 @@ class Trainer:
         contribution, version = accepted.contribution, self.state.version
         if version >= self._r.config.steps:
             return
-        self._check_digest(contribution)
         result = self._aggregator.add(contribution, version, finite=accepted.finite)
         staleness = version - contribution.base_version
         counts = accepted.finite and not isinstance(result, Dropped)
@@ -236,19 +240,18 @@ class Trainer:
                 "workers of different hardware: the run is labelled mixed, equal bits are not promised"
             )
 
-    def _check_digest(self, contribution: Contribution) -> None:
-        if contribution.content_digest() != contribution.digest:
-            raise NumericsError(
-                f"shard {contribution.shard} from worker {contribution.worker} was damaged on its way: its digest "
-                "does not match; check the node's memory and network"
-            )
-
     def _check_share(self, update: Update) -> None:
-        bad = [c.shard for c in update.counted if c.weight == 0]
-        limit = self._r.config.nonfinite_share
-        if len(bad) > limit * len(update.counted):
+        """Stop a run whose contributions are not finite too often, judged over a version or, if longer, a window.
+
+        Raises:
+            NumericsError: more than ``nonfinite_share`` of them.
+        """
+        self._judged.extend((c.shard, c.weight > 0) for c in update.counted)
+        bad = [shard for shard, finite in self._judged if not finite]
+        limit, size = self._r.config.nonfinite_share, self._judged.maxlen or 1
+        if len(bad) > limit * size:
             raise NumericsError(
-                f"{len(bad)} of {len(update.counted)} shards of version {self.state.version} are not finite (shards "
+                f"{len(bad)} of the last {size} shards, at version {self.state.version}, are not finite (shards "
                 f"{bad[:8]}), more than nonfinite_share = {limit:g}: lower the step sizes or set clip_norm"
             )
 

@@ -300,6 +300,18 @@ def test_a_new_worker_in_a_slot_is_one_that_has_not_tried_it() -> None:
     assert pool.orders(0) == [replace(shard(0), attempt=2)]
 
 
+def test_a_reply_that_was_damaged_on_its_way_is_a_failed_attempt() -> None:
+    dispatcher, pool = started(2)
+    submit(dispatcher, shard(0))
+    whole = answer(0, shard(0))
+    assert isinstance(whole, Contribution)
+    pool.reply(0, replace(whole, gradient=whole.gradient + 1))
+    outcomes = drain(dispatcher, pool)
+    assert kinds(outcomes) == ["shard_error"] and "damaged on its way" in outcomes[0].message
+    pool.reply(1)
+    assert accepted(drain(dispatcher, pool)) == [0]
+
+
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 @pytest.mark.parametrize("how", ["error", "lose"])
 def test_a_shard_that_fails_in_all_its_attempts_ends_the_run(attempts: int, how: str) -> None:

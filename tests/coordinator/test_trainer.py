@@ -301,10 +301,19 @@ def test_a_run_that_diverges_stops_and_names_its_shards(tmp_path: Path) -> None:
     with pytest.raises(NumericsError) as caught:
         drive(config, tmp_path / "run")
     assert str(caught.value) == (
-        "3 of 3 shards of version 0 are not finite (shards [0, 1, 2]), more than nonfinite_share = 0.5: lower the step "
-        "sizes or set clip_norm"
+        "3 of the last 3 shards, at version 0, are not finite (shards [0, 1, 2]), more than nonfinite_share = 0.5: "
+        "lower the step sizes or set clip_norm"
     )
     assert log(tmp_path / "run") == [] and checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_an_asynchronous_run_bears_single_non_finite_shards_and_stops_at_too_many(tmp_path: Path) -> None:
+    config = tiny(
+        learner=MAML(inner_lr=1e30, inner_steps=3, eval_steps=1), nonfinite_share=0.25, aggregator=AsyncAggregator()
+    )
+    with pytest.raises(NumericsError, match=r"5 of the last 16 shards, at version 4, are not finite"):
+        drive(config, tmp_path / "run")
+    assert [c.weight for entry in log(tmp_path / "run") for c in entry.counted] == [0.0] * 4
 
 
 def test_every_non_finite_shard_is_computed_twice_and_a_tolerated_one_has_no_weight(tmp_path: Path) -> None:
