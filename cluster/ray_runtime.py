@@ -34,6 +34,10 @@ QUIET = {
     # A lost worker is reported by the dispatcher, in one line; Ray would add its own, whatever log_to_driver says.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
 }
+LOCAL = {
+    # Processes that Ray starts in advance would never be used: workers get an environment of their own.
+    "RAY_prestart_worker_first_driver": "0",
+}
 JOINED = {
     # Attempts (of 40 s) to talk to whatever listens at the address; Ray's own limit is 20 of them.
     "RAY_gcs_server_port_wait_time_s": "1",
@@ -58,7 +62,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
     """
     # Ray reads its settings when it is imported: nothing on the way to here may have done that.
     local = address == "local"
-    for name, value in (QUIET if local else QUIET | JOINED).items():
+    for name, value in (QUIET | (LOCAL if local else JOINED)).items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -345,14 +345,12 @@ def test_nothing_proposed_leaves_the_state(case: Case) -> None:
     assert all(np.array_equal(unchanged[name], state[name]) for name in state)
 
 
-@every_learner
+@pytest.mark.parametrize("case", [c for c in CASES if not isinstance(c.config.model, sections.MLP)], ids=str)
 def test_running_averages_are_read_by_evaluation_in_running_mode_alone(
     case: Case, draw: Any, perturbed: Perturbed
 ) -> None:
     learner, episodes = case.learner(), draw(case, 1)
     theta, state = perturbed(learner)
-    if "mean.0" not in state:
-        pytest.skip("no batch-norm")
     points = [(theta, state), (theta, {name: 1.5 * tensor for name, tensor in state.items()})]
     outputs = [outputs_of(learner, at, episodes)[-1] for at in points]
     assert torch.equal(*outputs) == (default_batch_norm(case.config) != "running")

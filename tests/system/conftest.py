@@ -25,6 +25,9 @@ from tests.system.driving import Command, Driver, Finished
 
 OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot" / "images_background.zip"
 
+CLUSTER_CPUS = 4
+"""Of the cluster that runs join, whatever the machine has."""
+
 STEPS = 80
 """Versions of the runs on pictures."""
 
@@ -157,12 +160,12 @@ def metrics_address(driver: Driver) -> str:
 
 @pytest.fixture(scope="session")
 def cluster(environment: dict[str, str]) -> Iterator[str]:
-    """The address of a running Ray cluster of this machine, of 4 CPUs whatever it really has."""
+    """The address of a Ray cluster that goes on from test to test."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's socket paths must be short
     port = free_port()
     flags = {
         "port": port,
-        "num-cpus": 4,
+        "num-cpus": CLUSTER_CPUS,
         "num-gpus": 0,
         "object-store-memory": 200_000_000,
         "temp-dir": folder,

@@ -85,6 +85,9 @@ def test_a_slow_worker_stays_within_the_bound(
     assert replayed["dropped"] == len(dropped)
     inspected = here("inspect", "run", "--json").report
     assert inspected["max_staleness"] == max(staleness(entries))
+    evaluated = here("evaluate", "run", "--address", cluster, "--json").report
+    assert {name: evaluated[name] for name in report["evaluation"]} == report["evaluation"]
+    assert "mse" in evaluated and "accuracy" not in evaluated and len(evaluated["steps"]) == 11
 
 
 def test_a_buffered_run_is_killed_stopped_and_resumed(command: Command, here: Callable[..., Finished]) -> None:

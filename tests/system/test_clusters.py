@@ -14,9 +14,8 @@ import pytest
 from cluster.config.run import RunConfig
 from cluster.errors import StoreError
 from cluster.messages import WorkerHello
-from cluster.ray_runtime import ray_cluster
 from metaworker.actor import WorkerActor
-from tests.system.driving import Command, Finished, wait_for
+from tests.system.driving import Command, Finished
 
 pytestmark = pytest.mark.ray
 
@@ -97,17 +96,6 @@ def test_a_later_worker_with_other_data_ends_the_run(
     argv = ("--steps", 100_000, "--workers", 2, "--execution.cpus_per_worker", 0.5, "--address", cluster)
     finished = here(*SHORT, *argv, "--run-dir", "run", "--json")
     assert finished.code == 2 and "error: worker 1 on " in finished.err.splitlines()[-1]
-
-
-def test_a_joined_cluster_goes_on_and_has_its_resources_again(command: Command, cluster: str) -> None:
-    driver = command.start(*SHORT, "--workers", 3, "--address", cluster, "--run-dir", "run", "--json")
-    report = driver.finish().report
-    assert (report["version"], report["workers"]) == (3, 3)
-    driver.must_leave_nothing()
-    import ray
-
-    with ray_cluster(cluster):
-        wait_for(lambda: ray.available_resources()["CPU"] == 4, "all CPUs to be free", 30)
 
 
 def test_more_than_the_joined_cluster_has(here: Callable[..., Finished], cluster: str, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 
 from cluster.episodes.store import read_header
-from cluster.ray_runtime import usable_cpus
+from cluster.ray_runtime import ray_cluster, usable_cpus
 from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.run_dir import RunDirectory
-from tests.system.conftest import STEPS, Pictures, Undisturbed
-from tests.system.driving import AGENTS, Command, Finished, entries_of
+from tests.system.conftest import CLUSTER_CPUS, STEPS, Pictures, Undisturbed
+from tests.system.driving import AGENTS, Command, Finished, entries_of, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -28,11 +28,18 @@ def test_one_worker(command: Command, pictures: Pictures, undisturbed: Undisturb
 def test_four_workers_on_a_joined_cluster(
     command: Command, pictures: Pictures, undisturbed: Undisturbed, cluster: str
 ) -> None:
-    argv = ("--workers", 4, "--execution.cpus_per_worker", 0.25, "--address", cluster)
-    report = command.run("train", *pictures.argv, *argv, "--run-dir", "run", "--json").report
+    argv = ("--workers", 4, "--execution.cpus_per_worker", 0.25, "--address", cluster, "--run-dir", "run", "--json")
+    driver = command.start("train", *pictures.argv, *argv)
+    report = driver.finish().report
     assert report["workers"] == 4
     assert report["digest"] == undisturbed.report["digest"]
     assert report["evaluation"] == undisturbed.report["evaluation"]
+    driver.must_leave_nothing()
+    # The cluster goes on, and has all its resources again.
+    with ray_cluster(cluster):
+        import ray
+
+        wait_for(lambda: ray.available_resources()["CPU"] == CLUSTER_CPUS, "all CPUs to be free", 30)
 
 
 def test_a_killed_worker(command: Command, pictures: Pictures, undisturbed: Undisturbed) -> None:

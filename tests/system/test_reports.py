@@ -84,22 +84,11 @@ def test_own_pictures_are_trained_on_and_evaluated(
     assert set(again) > EVALUATION
     assert {name: again[name] for name in trained["evaluation"]} == trained["evaluation"]
 
-    asked = ("--split", "train", "--shot", 2, "--query", 1, "--episodes", 30, "--bn", "support", "--workers", 9)
-    finished = here("evaluate", "run", "--address", cluster, *asked, "--json")
+    shape = ("--shot", 2, "--query", 1, "--episodes", 30, "--bn", "support", "--workers", 9)
+    finished = here("evaluate", "run", "--address", cluster, "--store", own_pictures.store, *shape, "--json")
     other = finished.report
     assert "no validation has named a best checkpoint" in finished.err
     assert "9 workers were asked for, the free resources allow 8" in finished.err
-    assert [other[name] for name in ("split", "way", "shot", "query", "episodes", "bn", "checkpoint")] == [
-        *("train", 5, 2, 1, 30, "support", "last")
+    assert [other[name] for name in ("split", "way", "shot", "query", "episodes", "bn", "checkpoint", "store")] == [
+        *("all", 5, 2, 1, 30, "support", "last", str(own_pictures.store))
     ]
-    whole = here("evaluate", "run", "--address", cluster, "--store", own_pictures.store, "--json").report
-    assert (whole["split"], whole["store"]) == ("all", str(own_pictures.store))
-
-
-def test_regression_is_evaluated_by_mse(cluster: str, here: Callable[..., Finished]) -> None:
-    argv = ("--steps", 2, "--workers", 1, "--evaluation.every", 0, "--evaluation.episodes", 20, "--run-dir", "run")
-    trained = here("train", "sinusoid-maml", *argv, "--learner.inner_lr", 0.001, "--address", cluster, "--json").report
-    report = here("evaluate", "run", "--address", cluster, "--json").report
-    assert set(report) > EVALUATION - {"accuracy"} | {"mse"}
-    assert report["mse"] == trained["evaluation"]["mse"]
-    assert (report["episodes"], len(report["steps"])) == (20, 11)

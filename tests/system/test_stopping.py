@@ -65,13 +65,12 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
     assert RunDirectory(run).epochs() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_before_there_is_a_run_leaves_nothing(command: Command, number: signal.Signals) -> None:
+def test_a_stop_before_there_is_a_run_leaves_nothing(command: Command) -> None:
     driver = command.start("train", "sinusoid-maml", "--run-dir", "run")
     driver.until(lambda: any("raylet" in name for name in driver.family().values()), "Ray")
-    driver.send(number)
+    driver.send(signal.SIGTERM)
     finished = driver.finish()
-    assert (finished.code, finished.out) == (128 + number, "")
+    assert (finished.code, finished.out) == (128 + signal.SIGTERM, "")
     assert "Traceback" not in finished.err
     assert not (command.folder / "run").exists()
     driver.must_leave_nothing(but=AGENTS)
