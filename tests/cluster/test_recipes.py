@@ -88,6 +88,6 @@ def test_embedded_recipes_need_no_store() -> None:
     assert not any(recipe.needs_store for name, recipe in SHIPPED.items() if not name.startswith("omniglot"))
 
 
-def test_the_asynchronous_recipe() -> None:
-    aggregators = {name: config_of(name).aggregator for name in CONTRACT}
-    assert [name for name, one in aggregators.items() if isinstance(one, AsyncAggregator)] == ["omniglot-reptile"]
+def test_reptile_is_asynchronous_and_everything_else_is_not() -> None:
+    asynchronous = {name for name in CONTRACT if isinstance(config_of(name).aggregator, AsyncAggregator)}
+    assert asynchronous == {name for name in CONTRACT if config_of(name).learner.type == "reptile"}
