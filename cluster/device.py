@@ -20,6 +20,8 @@ WORKSPACE = ":4096:8"
 MALLOC_OPTIONS = {-4: 0, -1: 2**31 - 1, -2: 64 << 20}
 """glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: map no tensor singly, give no memory back, grow by 64 MiB."""
 
+ARM_FIELDS = ("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features")
+
 
 def prepare(device: str, threads: int) -> torch.device:
     """Make this process compute deterministically; call before anything touches CUDA.
@@ -62,14 +64,20 @@ def _keep_freed_memory() -> None:
 def _cpu() -> str:
     """CPU model and vector instruction sets, as the kernel names them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return cpu_name(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
         return f"{platform.processor()} {platform.machine()}"
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Model and vector instruction sets of the first CPU in the text of ``/proc/cpuinfo``."""
     fields: dict[str, str] = {}
-    for line in lines:
+    for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    flags = [flag for flag in fields.get("flags", "").split() if flag.startswith(("avx", "amx", "fma", "sse4"))]
+    if "flags" not in fields:  # Arm names its CPUs by other fields
+        return " ".join(f"{key} {fields[key]}" for key in ARM_FIELDS if key in fields)
+    flags = [flag for flag in fields["flags"].split() if flag.startswith(("avx", "amx", "fma", "sse4"))]
     keys = ("vendor_id", "cpu family", "model", "model name")
     return " ".join([fields.get(key, "") for key in keys] + sorted(flags))
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.device import fingerprint, fingerprint_detail, prepare
+from cluster.device import cpu_name, fingerprint, fingerprint_detail, prepare
 from cluster.errors import ConfigError
 
 WORDS = st.text(st.characters(exclude_characters="=\n", exclude_categories=["Cs"]), max_size=12)
@@ -107,3 +107,14 @@ def test_fingerprint_is_short_and_changes_with_every_word(detail: dict[str, str]
     assert fingerprint(dict(reversed(detail.items()))) == short
     name = list(detail)[index % len(detail)]
     assert (fingerprint(detail | {name: word}) == short) == (detail[name] == word)
+
+
+def test_cpus_are_told_apart_by_model_and_vector_instructions() -> None:
+    intel = "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon\nflags\t\t: fpu avx2 fma"
+    arm = "processor\t: 0\nFeatures\t: fp asimd sve\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd40"
+    names = {
+        cpu_name(text)
+        for text in (intel, intel + " avx512f", arm, arm.replace("0xd40", "0xd4f"), arm.replace(" sve", ""))
+    }
+    assert cpu_name(intel) == "GenuineIntel 6 143 Xeon avx2 fma"
+    assert len(names) == 5 and all(name.strip() for name in names)

@@ -28,14 +28,23 @@ OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot" / "images_
 CLUSTER_CPUS = 4
 """Of the cluster that runs join, whatever the machine has."""
 
-STEPS = 80
+STEPS = 60
 """Versions of the runs on pictures."""
 
 SMALL = (
     *("--steps", STEPS, "--model.channels", 8, "--learner.inner_steps", 2, "--learner.eval_steps", 3),
     *("--episode.query", 2, "--shard.episodes", 2, "--shard.chunk", 2, "--aggregator.shards", 4),
-    *("--evaluation.query", 3, "--evaluation.every", 40, "--evaluation.val_episodes", 20, "--evaluation.episodes", 40),
-    *("--execution.checkpoint_every", 25, "--execution.cpus_per_worker", 0.5),
+    *(
+        "--evaluation.query",
+        3,
+        "--evaluation.every",
+        STEPS // 2,
+        "--evaluation.val_episodes",
+        20,
+        "--evaluation.episodes",
+        40,
+    ),
+    *("--execution.checkpoint_every", 20, "--execution.cpus_per_worker", 0.5),
 )
 """Makes an Omniglot recipe one of seconds."""
 

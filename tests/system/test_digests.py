@@ -65,7 +65,7 @@ def test_a_killed_driver(
 ) -> None:
     run = command.folder / "run"
     driver = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", run)
-    driver.until_version(run, 30)
+    driver.until_version(run, 25)
     left_behind = driver.ray_folder()
     driver.send(signal.SIGKILL)
     assert driver.finish().code == -signal.SIGKILL

@@ -58,7 +58,7 @@ def test_metrics_can_be_scraped_while_it_runs(undisturbed: Undisturbed) -> None:
 def test_the_run_directory_holds_history_and_curves(undisturbed: Undisturbed) -> None:
     history = read_history(undisturbed.run / "history.msgpack")
     assert history.version.tolist() == list(range(1, STEPS + 1))
-    assert [validation.version for validation in history.validations] == [40, 80]
+    assert [validation.version for validation in history.validations] == [STEPS // 2, STEPS]
     for name in ("learning_curve.png", "adaptation_curve.png"):
         with Image.open(undisturbed.run / name) as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
