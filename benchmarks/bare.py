@@ -1,7 +1,7 @@
 """The same shards in bare processes: each computes its own with a ``ShardWorker`` in a loop, no coordinator, no Ray.
 
-A process gets new parameters to load for each version and has the niceness of a Ray worker, so that other load hits
-both alike. They may run freely, or meet at a barrier after each version.
+A process gets new parameters to load for each version. It has the environment of a Ray worker, and its niceness, so
+that other load hits both alike. They may run freely, or meet at a barrier after each version.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 
+from benchmarks.machine import environment
 from benchmarks.workload import initial_parameters
 from cluster.config.run import RunConfig
 from cluster.episodes import open_source
 from cluster.messages import ShardTask
+from coordinator.ray_pool import worker_environment
 from metaworker.shard_worker import ShardWorker
 
 PATIENCE = 120.0
@@ -49,7 +51,6 @@ class BareProcesses:
         context = multiprocessing.get_context("spawn")
         barrier = context.Barrier(count)
         self._per_version = count * shards * config.shard.episodes
-        self._shards = shards * config.shard.episodes
         self._version = 0
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
@@ -57,20 +58,19 @@ class BareProcesses:
             here, there = context.Pipe()
             arguments = (config, index, count, shards, niceness, there, barrier)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with environment(worker_environment(config.threads)):
+                process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
         self._answers()
 
-    def free_speed(self, versions: int) -> float:
-        """Episodes a second of all processes together, each at its own speed: none ever waits for another."""
-        times = self._run(versions, in_step=False)
-        return sum(versions * self._shards / (finished - started) for started, finished in times)
-
-    def speed_in_step(self, versions: int) -> float:
-        """Episodes a second when all meet after each version."""
-        times = self._run(versions, in_step=True)
+    def speed(self, versions: int, in_step: bool) -> float:
+        """Episodes a second until the last process is done; ``in_step`` if all meet after each version."""
+        for pipe in self._pipes:
+            pipe.send(_Command(self._version, versions, in_step))
+        self._version += versions
+        times = self._answers()
         return versions * self._per_version / (max(end for _, end in times) - min(start for start, _ in times))
 
     def close(self) -> None:
@@ -80,14 +80,8 @@ class BareProcesses:
         for process in self._processes:
             process.join(PATIENCE)
 
-    def _run(self, versions: int, in_step: bool) -> list[tuple[float, float]]:
-        """When each process started and finished."""
-        for pipe in self._pipes:
-            pipe.send(_Command(self._version, versions, in_step))
-        self._version += versions
-        return self._answers()
-
     def _answers(self) -> list[tuple[float, float]]:
+        """When each process started and finished."""
         found = []
         for pipe in self._pipes:
             if not pipe.poll(PATIENCE):

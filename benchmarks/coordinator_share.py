@@ -62,9 +62,9 @@ def measure(quick: bool) -> Result:
                 spans = ray.run(versions).spans
             row, share = _row(workers, spans)
             rows.append(row)
-            floors.append(Floor(f"{workers} workers: the coordinator's share of their time", share, LIMIT, False))
+            floors.append(Floor(f"workers {workers}: the coordinator's share of their time", share, LIMIT, False))
             shortest = sorted(span.busy for span in spans)[len(spans) // 2]
-            floors.append(Floor(f"{workers} workers: median shard, seconds", shortest, SHORTEST))
+            floors.append(Floor(f"workers {workers}: median shard, seconds", shortest, SHORTEST))
     note = f"{SHARDS} shards of {episodes} episodes a worker and version, {versions} versions; shares of worker time"
     return Result([Sheet("The coordinator's share of the workers' time", rows, note)], floors)
 

@@ -1,10 +1,12 @@
-"""Where and with what something was measured."""
+"""Where and with what something was measured; the environment of processes that measure."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,21 @@ def describe() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("metafleet", "torch", "ray", "numpy", "pyarrow", "higher")},
         "commit": _commit(),
     }
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of the block, as processes started in it inherit them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _cpu_model() -> str:

@@ -13,15 +13,14 @@ its size over four in each process, and no USS.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.machine import environment
 from benchmarks.report import Cell, Floor, Result, Sheet
 from benchmarks.rounds import Spread, interleave, seconds
 from cluster.episodes.glyphs import GLYPHS_SPLIT, glyphs_store
@@ -46,7 +45,7 @@ def measure(quick: bool) -> Result:
         time.sleep(SETTLED_SECONDS + 0.1)  # a younger file is not trusted to its stamp
         size = path.stat().st_size
         opening = _opening(path, folder, rounds=3 if quick else 9)
-        with _environment("METAFLEET_CACHE", str(folder / "cache")):
+        with environment({"METAFLEET_CACHE": str(folder / "cache")}):
             memory, pss, rss = _memory(path)
     shared = Floor("four workers: PSS of the store in all together, in sizes of the store", pss / size, 1.1, False)
     return Result(
@@ -73,11 +72,11 @@ def _opening(path: Path, folder: Path, rounds: int) -> dict[str, Cell]:
     def first() -> float:
         nonlocal current
         current = next(fresh)
-        with _environment("METAFLEET_CACHE", str(current)):
+        with environment({"METAFLEET_CACHE": str(current)}):
             return seconds(lambda: EpisodeStore.open(path))
 
     def later() -> float:
-        with _environment("METAFLEET_CACHE", str(current)):
+        with environment({"METAFLEET_CACHE": str(current)}):
             return seconds(lambda: EpisodeStore.open(path))
 
     found = interleave(rounds, {"first, with digest check, ms": first, "later, by its stamp, ms": later})
@@ -163,17 +162,3 @@ def _sizes(lines: Iterator[str] | list[str]) -> dict[str, float]:
         if name in names:
             found[names[name]] += 1024 * int(rest[0])
     return found
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable for the time of the block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
