@@ -43,6 +43,9 @@ JOINED = {
     "RAY_gcs_server_port_wait_time_s": "1",
 }
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits."""
+
 FOLDER, OWNER = "metafleet-ray-", "owner"
 """Name of a local cluster's temporary folder, and of the file in it that its driver holds locked while it lives."""
 
@@ -106,7 +109,7 @@ def _quota() -> int | None:
     """CPUs that the control group grants, of either version, rounded up; ``None`` for no limit."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with suppress(OSError, ValueError):
-            words = " ".join((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii") for name in names).split()
+            words = " ".join((CONTROL_GROUP / name).read_text(encoding="ascii") for name in names).split()
             quota, period = words[0], int(words[1])
             return None if quota in ("max", "-1") else -(-int(quota) // period)
     return None

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.commit_log import Entry, read_log
 from coordinator.run_dir import RunDirectory
 
@@ -47,6 +48,11 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENT) 
 def entries_of(run: Path) -> list[Entry]:
     """The commit log of a run, also of one that is being made or written."""
     return read_log(RunDirectory(run)) if (run / "epochs").is_dir() else []
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The version of a run's last checkpoint."""
+    return version_of(list_checkpoints(RunDirectory(run).checkpoints)[-1])[0]
 
 
 def family(session: int) -> dict[int, str]:
@@ -84,6 +90,17 @@ class Finished:
         assert (self.code, self.out) == (2, ""), (self.code, self.out, self.err)
         assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
         return self.err
+
+    @property
+    def stopped_at(self) -> int:
+        """The version at which a stopped driver says that it wrote a checkpoint."""
+        match = re.search(
+            r"^stopped at version (\d+) of \d+, checkpoint written; go on with: metafleet train --resume run$",
+            self.err,
+            re.MULTILINE,
+        )
+        assert match, self.err
+        return int(match[1])
 
 
 class Driver:

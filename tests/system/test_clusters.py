@@ -93,7 +93,7 @@ def test_a_later_worker_with_other_data_ends_the_run(
     with_actor: Callable[[Kind], None], here: Callable[..., Finished], cluster: str
 ) -> None:
     with_actor(reads_other_data(1))
-    argv = ("--steps", 100_000, "--workers", 2, "--execution.cpus_per_worker", 0.5, "--address", cluster)
+    argv = ("--steps", 2000, "--workers", 2, "--execution.cpus_per_worker", 0.5, "--address", cluster)
     finished = here(*SHORT, *argv, "--run-dir", "run", "--json")
     assert finished.code == 2 and "error: worker 1 on " in finished.err.splitlines()[-1]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.history import read_history
-from tests.system.conftest import STEPS, Pictures, Undisturbed
+from tests.system.conftest import CLUSTER_CPUS, STEPS, Pictures, Undisturbed
 from tests.system.driving import Finished, entries_of
 
 pytestmark = pytest.mark.ray
@@ -76,7 +76,8 @@ def test_inspect(undisturbed: Undisturbed, here: Callable[..., Finished]) -> Non
 def test_own_pictures_are_trained_on_and_evaluated(
     own_pictures: Pictures, cluster: str, here: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    argv = ("--steps", 4, "--workers", 2, "--evaluation.every", 0, "--address", cluster, "--run-dir", "run", "--json")
+    argv = ("--steps", 4, "--evaluation.every", 0, "--address", cluster, "--run-dir", "run", "--json")
+    argv = (*argv, "--execution.cpus_per_worker", CLUSTER_CPUS / 2)
     trained = here("train", *own_pictures.argv, *argv).report
     assert trained["version"] == 4
 
@@ -88,7 +89,7 @@ def test_own_pictures_are_trained_on_and_evaluated(
     finished = here("evaluate", "run", "--address", cluster, "--store", own_pictures.store, *shape, "--json")
     other = finished.report
     assert "no validation has named a best checkpoint" in finished.err
-    assert "9 workers were asked for, the free resources allow 8" in finished.err
+    assert "9 workers were asked for, the free resources allow 2" in finished.err
     assert [other[name] for name in ("split", "way", "shot", "query", "episodes", "bn", "checkpoint", "store")] == [
         *("all", 5, 2, 1, 30, "support", "last", str(own_pictures.store))
     ]

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import signal
 
 import pytest
 
-from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.run_dir import RunDirectory
 from tests.system.conftest import STEPS, Pictures, Undisturbed
-from tests.system.driving import AGENTS, Command, Finished
+from tests.system.driving import AGENTS, Command, newest_checkpoint
 
 pytestmark = pytest.mark.ray
-
-
-def stopped(finished: Finished) -> int:
-    """The version that a stopped driver says it has come to."""
-    match = re.search(
-        rf"^stopped at version (\d+) of {STEPS}, checkpoint written; go on with: metafleet train --resume run$",
-        finished.err,
-        re.MULTILINE,
-    )
-    assert match, finished.err
-    return int(match[1])
 
 
 def test_stops_and_resumes_end_with_the_undisturbed_digest(
     command: Command, pictures: Pictures, undisturbed: Undisturbed
 ) -> None:
     run = command.folder / "run"
-
-    def newest() -> int:
-        return version_of(list_checkpoints(RunDirectory(run).checkpoints)[-1])[0]
 
     first = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", "run", "--json")
     first.until_version(run, 5)
@@ -41,8 +25,8 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
     first.send(signal.SIGTERM)
     finished = first.finish()
     assert (finished.code, finished.out) == (128 + signal.SIGTERM, "")
-    reached = stopped(finished)
-    assert 5 <= reached == newest() < STEPS
+    reached = finished.stopped_at
+    assert 5 <= reached == newest_checkpoint(run) < STEPS
     first.must_leave_nothing()
     assert not ray_folder.exists()
 
@@ -54,7 +38,7 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
     second.send(signal.SIGINT)
     finished = second.finish()
     assert (finished.code, finished.out) == (128 + signal.SIGINT, "")
-    assert reached + 5 <= stopped(finished) == newest() < STEPS
+    assert reached + 5 <= finished.stopped_at == newest_checkpoint(run) < STEPS
     # What a driver does after its checkpoint includes removing this folder: it was not waited for.
     assert ray_folder.exists()
     second.must_leave_nothing(but=AGENTS)
