@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +152,15 @@ class Driver:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stands still for the time of the block; signals that it is sent meanwhile reach it at the end."""
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Waits for a condition that the process must bring about."""

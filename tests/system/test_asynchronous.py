@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import pytest
 
 from cluster.config.run import RunConfig
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
-from coordinator.commit_log import Entry
+from coordinator.commit_log import Entry, read_log
 from coordinator.run_dir import RunDirectory
 from metaworker.actor import WorkerActor
-from tests.system.driving import Command, Finished, entries_of, newest_checkpoint
+from tests.system.driving import PATIENT, Command, Finished, entries_of, newest_checkpoint
 
 pytestmark = pytest.mark.ray
 
@@ -28,25 +29,35 @@ SINUSOID = (
 )
 
 
-def slowed(slot: int, factor: int) -> type[WorkerActor]:
-    """A worker actor that takes ``factor`` times as long in one slot. A local class, so that it travels by value."""
+def late(slot: int, run: Path, versions: tuple[int, ...]) -> type[WorkerActor]:
+    """A worker actor that is slow in one slot: it holds each reply until so many versions are committed after its base.
 
-    class SlowedActor:
+    Args:
+        slot: which one.
+        run: where the commits are seen.
+        versions: how late its replies are, in turn.
+
+    A local class, so that it travels by value.
+    """
+
+    class LateActor:
         def __init__(self, config: RunConfig, mine: int) -> None:
             self._actor = WorkerActor(config, mine)
-            self._wait = factor - 1 if mine == slot else 0
+            self._turns = itertools.cycle(versions if mine == slot else (0,))
 
         def hello(self) -> WorkerHello:
             return self._actor.hello()
 
         def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
-            started = time.perf_counter()
             result = self._actor.compute(published, order)
             if isinstance(order, ShardTask):
-                time.sleep(self._wait * (time.perf_counter() - started))
+                reached = order.base_version + next(self._turns)
+                deadline = time.monotonic() + PATIENT
+                while len(read_log(RunDirectory(run))) < reached and time.monotonic() < deadline:
+                    time.sleep(0.01)
             return result
 
-    return SlowedActor  # type: ignore[return-value]
+    return LateActor  # type: ignore[return-value]
 
 
 def staleness(entries: list[Entry]) -> list[int]:
@@ -65,13 +76,15 @@ def test_a_slow_worker_stays_within_the_bound(
 ) -> None:
     from coordinator import ray_pool
 
-    monkeypatch.setattr(ray_pool, "RayPool", partial(ray_pool.RayPool, actor=slowed(slot=0, factor=5)))
+    # Five times slower than the other worker, with two shards in flight: five versions late, and more. Every other
+    # reply comes earlier, so that the bound has both to accept and to refuse.
+    actor = late(0, tmp_path / "run", versions=(BOUND - 1, BOUND + 2))
+    monkeypatch.setattr(ray_pool, "RayPool", partial(ray_pool.RayPool, actor=actor))
     report = here(*SINUSOID, "--steps", 60, "--address", cluster, "--json").report
     entries = entries_of(tmp_path / "run")
     assert report["workers"] == 2
     assert [entry.version for entry in entries] == list(range(1, 61))
     assert 0 < max(staleness(entries)) <= BOUND
-    # The slow worker's replies come five and ten versions late: most of them were too old.
     dropped = [(entry.version - 1, drop) for entry in entries for drop in entry.dropped]
     assert dropped and report["failures"]["stale"] >= len(dropped)
     assert all(version - drop.base_version > BOUND for version, drop in dropped)

@@ -46,8 +46,8 @@ def test_a_killed_worker(command: Command, pictures: Pictures, undisturbed: Undi
     argv = ("--workers", 3, "--execution.cpus_per_worker", half, "--run-dir", "run", "--json")
     driver = command.start("train", *pictures.argv, *argv)
     version = driver.until_version(command.folder / "run", 10)
-    victim = driver.until(driver.workers, "a worker")[0]
-    os.kill(victim, signal.SIGKILL)
+    with driver.held():
+        os.kill(driver.workers()[0], signal.SIGKILL)
     finished = driver.finish()
     report = finished.report
     assert version < STEPS
@@ -65,8 +65,9 @@ def test_a_killed_driver(
     run = command.folder / "run"
     driver = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", run)
     driver.until_version(run, 25)
-    left_behind = driver.ray_folder()
-    driver.send(signal.SIGKILL)
+    with driver.held():
+        left_behind = driver.ray_folder()
+        driver.send(signal.SIGKILL)
     assert driver.finish().code == -signal.SIGKILL
     # Ray's processes notice by themselves that their driver is gone.
     driver.must_leave_nothing(but=AGENTS)

@@ -20,9 +20,10 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
 
     first = command.start("train", *pictures.argv, "--workers", 2, "--run-dir", "run", "--json")
     first.until_version(run, 5)
-    ray_folder = first.ray_folder()
-    assert "in use by a living run" in command.run("train", "--resume", "run").error
-    first.send(signal.SIGTERM)
+    with first.held():  # or it would be at its end before another process has even started
+        ray_folder = first.ray_folder()
+        assert "in use by a living run" in command.run("train", "--resume", "run").error
+        first.send(signal.SIGTERM)
     finished = first.finish()
     assert (finished.code, finished.out) == (128 + signal.SIGTERM, "")
     reached = finished.stopped_at
@@ -32,8 +33,9 @@ def test_stops_and_resumes_end_with_the_undisturbed_digest(
 
     second = command.start("train", "--resume", "run", "--json")
     second.until_version(run, reached + 5)
-    ray_folder = second.ray_folder()
-    second.send(signal.SIGINT)
+    with second.held():
+        ray_folder = second.ray_folder()
+        second.send(signal.SIGINT)
     second.until(lambda: "stopped at version" in second.err, "the checkpoint")
     second.send(signal.SIGINT)
     finished = second.finish()
