@@ -73,7 +73,8 @@ class Reptile:
     ) -> Sequence[Task]:
         """``eval_steps`` inner steps on minibatches of the support set."""
         given = given_statistics(self.batch_norm, state, training=False)
-        losses = self._losses(support_x, support_y, given, self.eval_steps, self.eval_inner_batch)
+        parts = _parts(support_x, support_y, self.eval_inner_batch, self.eval_steps)
+        losses = [self._loss(part_x, part_y, given) for part_x, part_y in parts]
         trajectory = minibatch_descent(losses, theta, self.inner_lr, self.adam)
         return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
 
@@ -107,21 +108,21 @@ class Reptile:
         return commit_running_statistics(state, proposals)
 
     def _episode(self, theta: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensors, Tensor, Tensor, Tensors]:
-        """θ − φ of one task, and φ's loss and metric on all of the task's samples."""
-        losses = self._losses(x, y, None, self.inner_steps, self.inner_batch)
+        """θ − φ of one task, and φ's loss, metric and batch statistics on the last minibatch.
+
+        All of the samples would say it with less noise, at a quarter more of the time.
+        """
+        parts = _parts(x, y, self.inner_batch, self.inner_steps)
+        losses = [self._loss(part_x, part_y, None) for part_x, part_y in parts]
         adapted = minibatch_descent(losses, theta, self.inner_lr, self.adam)[-1]
-        outputs, observed = self.backbone(adapted, x, None)
+        last_x, last_y = parts[-1]
+        outputs, observed = self.backbone(adapted, last_x, None)
         displacement = {name: theta[name] - adapted[name] for name in theta}
-        return displacement, self.objective.loss(outputs, y), self.objective.metric(outputs, y), observed
+        return displacement, self.objective.loss(outputs, last_y), self.objective.metric(outputs, last_y), observed
 
-    def _losses(
-        self, x: Tensor, y: Tensor, given: Mapping[str, Tensor] | None, steps: int, batch: int
-    ) -> list[InnerLoss]:
-        def on(rows: Tensor) -> InnerLoss:
-            batch_x, batch_y = x[rows], y[rows]
-            return lambda parameters: self.objective.loss(self.backbone(parameters, batch_x, given)[0], batch_y)
-
-        return [on(rows.to(x.device)) for rows in minibatches(x.shape[0], batch, steps)]
+    def _loss(self, x: Tensor, y: Tensor, given: Mapping[str, Tensor] | None) -> InnerLoss:
+        """The loss on one minibatch."""
+        return lambda parameters: self.objective.loss(self.backbone(parameters, x, given)[0], y)
 
     def _query_statistics(
         self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None
@@ -130,6 +131,11 @@ class Reptile:
         if self.batch_norm == "support":
             return self.backbone(parameters, support_x, None)[1] or None
         return given
+
+
+def _parts(x: Tensor, y: Tensor, batch: int, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """The samples and labels of each minibatch."""
+    return [(x[rows], y[rows]) for rows in (each.to(x.device) for each in minibatches(x.shape[0], batch, steps))]
 
 
 def minibatches(samples: int, batch: int, steps: int) -> list[Tensor]:

@@ -69,9 +69,10 @@ def check_contribution(
         y = torch.cat([episodes.support_y[e], episodes.query_y[e]])
         adapted = trained(net, theta, x, y, rows, optimizer, lr)[-1]
         total = {name: total[name] + theta[name] - adapted[name] for name in theta}
-        outputs, statistics = net(adapted, x)
-        losses.append(F.mse_loss(outputs, y) if episodes.way == 1 else F.cross_entropy(outputs, y))
-        metrics.append(losses[-1] if episodes.way == 1 else (outputs.argmax(1) == y).double().mean())
+        outputs, statistics = net(adapted, x[rows[-1]])
+        labels = y[rows[-1]]
+        losses.append(F.mse_loss(outputs, labels) if episodes.way == 1 else F.cross_entropy(outputs, labels))
+        metrics.append(losses[-1] if episodes.way == 1 else (outputs.argmax(1) == labels).double().mean())
         seen.append(statistics)
     for chunk in (len(episodes), 1, 2):
         result = learner.contribute(theta, {}, episodes, Context(0, chunk))
