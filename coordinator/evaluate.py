@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +15,20 @@ from cluster.config.run import RunConfig
 from cluster.config.sections import FractionSplit, StoreData
 from cluster.device import prepare
 from cluster.episodes import open_source
+from cluster.episodes.types import EpisodeSource
 from cluster.errors import CheckpointError, ConfigError
 from cluster.messages import BatchNorm, SplitName
 from cluster.ray_runtime import ray_cluster
 from coordinator import checkpoint as checkpoints
 from coordinator.capacity import affordable_workers, refuse_unaffordable, say_workers
-from coordinator.dispatch import Dispatcher
+from coordinator.dispatch import Dispatcher, Failure, Joined
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
 from coordinator.replay import check_source
 from coordinator.report import evaluation_table
 from coordinator.run_dir import RunDirectory
 from coordinator.session import describe_evaluation
+from coordinator.train import check_data
 from metaworker.learners import build_learner, default_batch_norm
 
 
@@ -74,13 +77,21 @@ def evaluate_command(
         pool = RayPool(config, affordable)
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
-        scores = evaluate_now(dispatcher, pool, state.published, request)
+        scores = evaluate_now(dispatcher, pool, state.published, request, partial(_notice, source))
     chosen = "best" if path == checkpoints.best_of(directory.checkpoints) and checkpoint == "best" else "last"
     report = describe_evaluation(scores, request, chosen, state.version)
     report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}
     if not as_json:
         Console().print(evaluation_table(report))
     return report
+
+
+def _notice(source: EpisodeSource, outcome: Failure | Joined) -> None:
+    """Say what failed; refuse a worker that reads other data."""
+    if isinstance(outcome, Failure):
+        print(outcome.message, file=sys.stderr)
+    else:
+        check_data(source.digest, source.split_digest, outcome.hello)
 
 
 def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> Path:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cluster.config.run import RunConfig
-from cluster.errors import MetafleetError
 from cluster.messages import BatchNorm, EvaluationPart, EvaluationTask, Published, SplitName
-from coordinator.dispatch import Dispatcher, Evaluated, Failure
+from coordinator.dispatch import Dispatcher, Evaluated, Failure, Joined
 from coordinator.pool import Pool
 from metaworker.learners import default_batch_norm
 from metaworker.scores import EvaluationScores, combine
@@ -62,9 +61,13 @@ class EvaluationCollector:
 
 
 def evaluate_now(
-    dispatcher: Dispatcher, pool: Pool, published: Published, request: EvaluationRequest
+    dispatcher: Dispatcher,
+    pool: Pool,
+    published: Published,
+    request: EvaluationRequest,
+    notice: Callable[[Failure | Joined], None],
 ) -> EvaluationScores:
-    """Evaluate while nothing else is computed.
+    """Evaluate while nothing else is computed; ``notice`` hears of failures and of workers that join meanwhile.
 
     Raises:
         PoisonShardError, ClusterError: as the dispatcher.
@@ -72,19 +75,15 @@ def evaluate_now(
     handle = pool.publish(published)
     orders = request.orders(published.version)
     collector = EvaluationCollector(request)
-    exhausted = False
+    following = next(orders, None)
     while True:
-        while dispatcher.room > 0 and not exhausted:
-            order = next(orders, None)
-            exhausted = order is None
-            if order is not None:
-                dispatcher.submit(order, handle)
+        while following is not None and dispatcher.room > 0:
+            dispatcher.submit(following, handle)
+            following = next(orders, None)
         match dispatcher.next(PATIENCE):
             case Evaluated(part):
                 scores = collector.add(part)
                 if scores is not None:
                     return scores
-            case Failure() | None:
-                pass
-            case outcome if exhausted and not dispatcher.busy:
-                raise MetafleetError(f"evaluation ended without all its parts ({outcome})")
+            case (Failure() | Joined()) as outcome:
+                notice(outcome)

@@ -134,19 +134,19 @@ def _train(
             trainer = Trainer(resources, start.state, start.aggregator, start.recent, start.progress, start.expected)
             if start.unvalidated:
                 trainer.validate()
-            state = trainer.run()
+            trainer.run()
         finally:
             view.stop()
             recorder.close()
     if signals.stop.signal is not None:
         print(
-            f"stopped at version {state.version} of {config.steps}, checkpoint written; go on with: "
+            f"stopped at version {trainer.state.version} of {config.steps}, checkpoint written; go on with: "
             f"metafleet train --resume {run.path}",
             file=sys.stderr,
         )
         _plot(config, run, None)
         raise SystemExit(128 + signals.stop.signal)
-    evaluation = _evaluate_test(config, run, state, pool, dispatcher)
+    evaluation = _evaluate_test(config, run, trainer, pool, dispatcher, view)
     _plot(config, run, evaluation)
     summary = _summary(config, run, trainer, pool.size, evaluation, metrics[1])
     if not as_json:
@@ -216,7 +216,7 @@ def _on_this_hardware(
     Raises:
         FingerprintError: it was computed on other hardware, and that was not allowed.
     """
-    check_data(identity, first)
+    check_data(identity.store_digest, identity.split_digest, first)
     if first.fingerprint == identity.fingerprint:
         return run, identity, start if config.execution.pool == "strict" else replace(start, expected={})
     if not config.execution.other_hardware:
@@ -242,7 +242,7 @@ def _begin(
         first.fingerprint,
         dict(first.fingerprint_detail),
     )
-    check_data(identity, first)
+    check_data(identity.store_digest, identity.split_digest, first)
     run = RunDirectory.create(path)
     stack.callback(run.release)
     save_resolved(config, run.config)
@@ -333,13 +333,15 @@ def _metrics(config: RunConfig, stack: ExitStack) -> tuple[Metrics, str | None]:
 
 
 def _evaluate_test(
-    config: RunConfig, run: RunDirectory, state: MetaState, pool: Pool, dispatcher: Dispatcher
+    config: RunConfig, run: RunDirectory, trainer: Trainer, pool: Pool, dispatcher: Dispatcher, view: View
 ) -> dict[str, Any]:
     """Scores on the test split: of the best checkpoint by validation, or of the last version."""
+    state = trainer.state
     best = checkpoints.best_of(run.checkpoints)
     chosen = checkpoints.load(best, state.layout).state if best is not None else state
     request = EvaluationRequest.of(config, "test", config.evaluation.episodes)
-    scores = evaluate_now(dispatcher, pool, chosen.published, request)
+    view.message(f"evaluating version {chosen.version} on {request.episodes} episodes of the test split")
+    scores = evaluate_now(dispatcher, pool, chosen.published, request, trainer.notice)
     return describe_evaluation(scores, request, "best" if best is not None else "last", chosen.version)
 
 

@@ -150,12 +150,22 @@ class Trainer:
                 self._contribution(outcome)
             case Evaluated(part):
                 self._validated(part)
-            case Failure(kind, message):
-                self.progress.failures[kind] += 1
-                self._r.metrics.failure(kind)
-                self._r.view.message(message)
-            case Joined(hello):
-                self._welcome(hello)
+            case Failure() | Joined():
+                self.notice(outcome)
+
+    def notice(self, outcome: Failure | Joined) -> None:
+        """Count and show a failure that was dealt with; check a worker that joins.
+
+        Raises:
+            MetafleetError: it reads other data.
+            FingerprintError: it is other hardware, in a strict pool.
+        """
+        if isinstance(outcome, Failure):
+            self.progress.failures[outcome.kind] += 1
+            self._r.metrics.failure(outcome.kind)
+            self._r.view.message(outcome.message)
+        else:
+            self._welcome(outcome.hello)
 
     def _contribution(self, accepted: Accepted) -> None:
         contribution, version = accepted.contribution, self.state.version
@@ -218,14 +228,9 @@ class Trainer:
         self._r.metrics.validation(scores.steps[-1])
 
     def _welcome(self, hello: WorkerHello) -> None:
-        """Check that a worker may take part.
-
-        Raises:
-            MetafleetError: it reads other data.
-            FingerprintError: it is other hardware, in a strict pool.
-        """
+        """Check that a worker may take part."""
         identity = self._r.identity
-        check_data(identity, hello)
+        check_data(identity.store_digest, identity.split_digest, hello)
         if hello.fingerprint == self._fingerprint:
             return
         if self._r.config.execution.pool == "strict":
@@ -318,15 +323,15 @@ class Trainer:
         )
 
 
-def check_data(identity: RunIdentity, hello: WorkerHello) -> None:
+def check_data(store_digest: str, split_digest: str, hello: WorkerHello) -> None:
     """Refuse a worker that reads other data than the run.
 
     Raises:
         MetafleetError: another store or split.
     """
     for what, here, there in (
-        ("store", identity.store_digest, hello.store_digest),
-        ("split", identity.split_digest, hello.split_digest),
+        ("store", store_digest, hello.store_digest),
+        ("split", split_digest, hello.split_digest),
     ):
         if here != there:
             raise MetafleetError(

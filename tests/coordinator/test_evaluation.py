@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.config.sections import Conv4Strided, Evaluation, GlyphsData
 from cluster.messages import Published
-from coordinator.dispatch import Dispatcher, Joined
+from coordinator.dispatch import Dispatcher, Failure, Joined
 from coordinator.evaluation import PART, EvaluationCollector, EvaluationRequest, default_batch_norm, evaluate_now
 from metaworker.scores import combine
 from tests.coordinator.harness import TINY, FakePool, answer
@@ -92,9 +92,13 @@ def test_a_whole_evaluation_survives_its_workers(workers: int, monkeypatch: pyte
         return wait(timeout)
 
     monkeypatch.setattr(pool, "wait", working)
-    scores = evaluate_now(dispatcher, pool, PUBLISHED, request(95))
+    noticed: list[Failure | Joined] = []
+    scores = evaluate_now(dispatcher, pool, PUBLISHED, request(95), noticed.append)
     assert scores == combine([answer(0, order) for order in request(95).orders(4)])  # type: ignore[misc]
     assert pool.faults == ["die", "fail", "die"]
     assert not dispatcher.busy
+    assert [o.kind if isinstance(o, Failure) else "joined" for o in noticed] == [
+        *("worker_lost", "joined", "shard_error", "worker_lost", "joined")
+    ]
     # Another evaluation of the same version is another piece of work.
-    assert evaluate_now(dispatcher, pool, PUBLISHED, request(20)).episodes == 20
+    assert evaluate_now(dispatcher, pool, PUBLISHED, request(20), noticed.append).episodes == 20
