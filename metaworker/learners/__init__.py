@@ -51,6 +51,7 @@ def build_learner(
                 c.inner_batch,
                 c.eval_inner_batch,
                 adam,
+                config.seed,
             )
         case sections.ProtoNet():
             return ProtoNet(build_backbone(config.model, sample_shape, None), objective, mode, way)

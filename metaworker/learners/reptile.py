@@ -3,9 +3,10 @@
     φ = θ after k inner steps of Adam (β₁ = 0) or SGD on minibatches of the task,   meta-gradient = Σ_episodes (θ − φ)
 
 Support and query samples together are the task's training data. Minibatches pass over them without replacement, in
-an order drawn once by key and shared by all tasks (an episode's own samples are random already). The meta-gradient is
-a ``surrogate``: an outer SGD step of size ε moves θ to θ + ε (φ − θ). Departs from the authors' code: Adam's second
-moments start anew for each task instead of leaking from the one before.
+an order drawn by (seed, episode id). The last of them stands for queries in what is reported: it is scored before the
+step on it, so in the first pass on samples that the task has not trained on. The meta-gradient is a ``surrogate``: an
+outer SGD step of size ε moves θ to θ + ε (φ − θ). Departs from the authors' code: Adam's second moments start anew for
+each task instead of leaking from the one before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.func import vmap
 
@@ -44,6 +45,8 @@ class Reptile:
     inner_batch: int
     eval_inner_batch: int
     adam: bool
+    seed: int
+    """Of the minibatches."""
 
     @property
     def kind(self) -> GradientKind:
@@ -71,10 +74,11 @@ class Reptile:
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
-        """``eval_steps`` inner steps on minibatches of the support set."""
+        """``eval_steps`` inner steps on minibatches of the support set, in an order that all tasks share."""
         given = given_statistics(self.batch_norm, state, training=False)
-        parts = _parts(support_x, support_y, self.eval_inner_batch, self.eval_steps)
-        losses = [self._loss(part_x, part_y, given) for part_x, part_y in parts]
+        rows = minibatches(self.seed, "adapt", [0], len(support_x), self.eval_inner_batch, self.eval_steps)[0]
+        rows = rows.to(support_x.device)
+        losses = self._losses(support_x[rows], support_y[rows], given)
         trajectory = minibatch_descent(losses, theta, self.inner_lr, self.adam)
         return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
 
@@ -92,9 +96,7 @@ class Reptile:
         with torch.no_grad():
             for start in range(0, len(episodes), context.chunk):
                 part = episodes.chunk(start, start + context.chunk)
-                x = torch.cat([part.support_x, part.query_x], dim=1)
-                y = torch.cat([part.support_y, part.query_y], dim=1)
-                displacement, loss, metric, observed = vectorised(theta, x, y)
+                displacement, loss, metric, observed = vectorised(theta, *self._minibatches(part))
                 gradient = {name: total + displacement[name].sum(0) for name, total in gradient.items()}
                 losses.append(loss)
                 metrics.append(metric)
@@ -107,22 +109,33 @@ class Reptile:
         """Update the running batch statistics."""
         return commit_running_statistics(state, proposals)
 
+    def _minibatches(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
+        """Samples and labels, each ``[episode, step, batch, …]``."""
+        x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
+        y = torch.cat([episodes.support_y, episodes.query_y], dim=1)
+        rows = minibatches(self.seed, "train", episodes.ids, x.shape[1], self.inner_batch, self.inner_steps)
+        rows = rows.to(x.device)
+        each = torch.arange(len(x), device=x.device)[:, None, None]
+        return x[each, rows], y[each, rows]
+
     def _episode(self, theta: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensors, Tensor, Tensor, Tensors]:
-        """θ − φ of one task, and φ's loss, metric and batch statistics on the last minibatch.
+        """θ − φ of one task; loss, metric and batch statistics on its last minibatch, before the step on it.
 
-        All of the samples would say it with less noise, at a quarter more of the time.
+        Scoring all samples with φ would say little more, at a quarter more of the time.
         """
-        parts = _parts(x, y, self.inner_batch, self.inner_steps)
-        losses = [self._loss(part_x, part_y, None) for part_x, part_y in parts]
-        adapted = minibatch_descent(losses, theta, self.inner_lr, self.adam)[-1]
-        last_x, last_y = parts[-1]
-        outputs, observed = self.backbone(adapted, last_x, None)
+        trajectory = minibatch_descent(self._losses(x, y, None), theta, self.inner_lr, self.adam)
+        before, adapted = trajectory[-2:]
+        outputs, observed = self.backbone(before, x[-1], None)
         displacement = {name: theta[name] - adapted[name] for name in theta}
-        return displacement, self.objective.loss(outputs, last_y), self.objective.metric(outputs, last_y), observed
+        return displacement, self.objective.loss(outputs, y[-1]), self.objective.metric(outputs, y[-1]), observed
 
-    def _loss(self, x: Tensor, y: Tensor, given: Mapping[str, Tensor] | None) -> InnerLoss:
-        """The loss on one minibatch."""
-        return lambda parameters: self.objective.loss(self.backbone(parameters, x, given)[0], y)
+    def _losses(self, x: Tensor, y: Tensor, given: Mapping[str, Tensor] | None) -> list[InnerLoss]:
+        """The loss on each minibatch of ``[step, batch, …]``."""
+
+        def on(part_x: Tensor, part_y: Tensor) -> InnerLoss:
+            return lambda parameters: self.objective.loss(self.backbone(parameters, part_x, given)[0], part_y)
+
+        return [on(*part) for part in zip(x.unbind(0), y.unbind(0), strict=True)]
 
     def _query_statistics(
         self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None
@@ -133,22 +146,18 @@ class Reptile:
         return given
 
 
-def _parts(x: Tensor, y: Tensor, batch: int, steps: int) -> list[tuple[Tensor, Tensor]]:
-    """The samples and labels of each minibatch."""
-    return [(x[rows], y[rows]) for rows in (each.to(x.device) for each in minibatches(x.shape[0], batch, steps))]
+def minibatches(
+    seed: int, split: str, ids: Int64[np.ndarray, "episode"] | list[int], samples: int, batch: int, steps: int
+) -> Int64[Tensor, "episode step size"]:
+    """Which samples are in each of ``steps`` minibatches of each episode; ``size`` is min(batch, samples).
 
-
-def minibatches(samples: int, batch: int, steps: int) -> list[Tensor]:
-    """Indices of ``steps`` minibatches out of ``samples``, each ``[min(batch, samples)]``.
-
-    They run through fresh permutations of the samples, one pass after another, drawn by key; a batch that would
-    cross the end of a pass starts the next one instead.
+    They run through fresh permutations of the samples, one pass after another, drawn by (seed, split, episode id); a
+    batch that would cross the end of a pass starts the next one instead.
     """
     size = min(batch, samples)
     a_pass = samples // size
-    rows: list[Tensor] = []
+    passes = []
     for number in range(-(-steps // a_pass)):
-        words = keys.words(0, "reptile minibatches", str(samples), np.array([number]), samples)
-        order = torch.from_numpy(np.ascontiguousarray(keys.choose(words, samples)[0]))
-        rows += [order[start * size : (start + 1) * size] for start in range(a_pass)]
-    return rows[:steps]
+        words = keys.words(seed, f"reptile minibatches/{number}", split, np.asarray(ids), samples)
+        passes.append(keys.choose(words, samples)[:, : a_pass * size].reshape(len(words), a_pass, size))
+    return torch.from_numpy(np.concatenate(passes, axis=1)[:, :steps])

@@ -60,16 +60,17 @@ def trained(
 
 
 def check_contribution(
-    learner: Learner, theta: Tensors, net: Any, episodes: Episodes, rows: Sequence[Tensor], optimizer: str, lr: float
+    learner: Learner, theta: Tensors, net: Any, episodes: Episodes, orders: Tensor, optimizer: str, lr: float
 ) -> None:
     total = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
     losses, metrics, seen = [], [], []
     for e in range(len(episodes)):
         x = torch.cat([episodes.support_x[e], episodes.query_x[e]])
         y = torch.cat([episodes.support_y[e], episodes.query_y[e]])
-        adapted = trained(net, theta, x, y, rows, optimizer, lr)[-1]
+        rows = orders[e]
+        before, adapted = trained(net, theta, x, y, rows, optimizer, lr)[-2:]
         total = {name: total[name] + theta[name] - adapted[name] for name in theta}
-        outputs, statistics = net(adapted, x[rows[-1]])
+        outputs, statistics = net(before, x[rows[-1]])
         labels = y[rows[-1]]
         losses.append(F.mse_loss(outputs, labels) if episodes.way == 1 else F.cross_entropy(outputs, labels))
         metrics.append(losses[-1] if episodes.way == 1 else (outputs.argmax(1) == labels).double().mean())
@@ -94,7 +95,7 @@ def test_meta_gradient_is_the_way_of_full_batch_training(
 ) -> None:
     chosen = model.model_copy(update={"batch_norm": mode})
     learner = learner_of(chosen, optimizer, inner_steps=3, inner_batch=20)
-    everything = [torch.arange(20)] * 3
+    everything = torch.arange(20).expand(3, 3, 20)
     check_contribution(
         learner, perturbed(learner)[0], plain_net(model), pictures(3), everything, optimizer, RATES[optimizer]
     )
@@ -105,16 +106,17 @@ def test_meta_gradient_is_the_way_of_minibatch_training(
     optimizer: str, pictures: Draw, plain_net: Any, perturbed: Perturbed
 ) -> None:
     learner = learner_of(STRIDED, optimizer, inner_steps=5, inner_batch=8)
-    rows = minibatches(20, 8, 5)
-    check_contribution(
-        learner, perturbed(learner)[0], plain_net(STRIDED), pictures(3), rows, optimizer, RATES[optimizer]
-    )
+    episodes = pictures(3)
+    rows = minibatches(0, "train", episodes.ids, 20, 8, 5)
+    check_contribution(learner, perturbed(learner)[0], plain_net(STRIDED), episodes, rows, optimizer, RATES[optimizer])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_meta_gradient_of_regression(optimizer: str, waves: Draw, plain_net: Any, perturbed: Perturbed) -> None:
     learner = learner_of(MLP, optimizer, way=1, inner_steps=4, inner_batch=5, inner_lr=0.01)
-    check_contribution(learner, perturbed(learner)[0], plain_net(MLP), waves(5), minibatches(15, 5, 4), optimizer, 0.01)
+    episodes = waves(5)
+    rows = minibatches(0, "train", episodes.ids, 15, 5, 4)
+    check_contribution(learner, perturbed(learner)[0], plain_net(MLP), episodes, rows, optimizer, 0.01)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,7 +129,7 @@ def test_evaluation_trains_on_the_support_set_in_each_batch_norm_mode(
     (theta, state), episodes, net = perturbed(learner), pictures(1, shot=2), plain_net(model)
     support_x, support_y, query_x = episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     kept = state if mode == "running" else None
-    rows = minibatches(10, 4, 5)
+    rows = minibatches(0, "adapt", [0], 10, 4, 5)[0]
     expected = []
     for point in trained(net, theta, support_x, support_y, rows, optimizer, RATES[optimizer], kept):
         given = net(point, support_x)[1] if mode == "support" else kept
@@ -147,17 +149,29 @@ def test_second_moments_start_anew_for_each_task(pictures: Draw, perturbed: Pert
 
 @given(samples=st.integers(1, 40), batch=st.integers(1, 50), steps=st.integers(1, 30))
 def test_minibatches_pass_over_the_samples_without_replacement(samples: int, batch: int, steps: int) -> None:
-    rows = minibatches(samples, batch, steps)
+    ids = [3, 2**40]
+    found = minibatches(0, "train", ids, samples, batch, steps)
     size = min(batch, samples)
-    assert [len(r) for r in rows] == [size] * steps
+    assert found.shape == (2, steps, size)
     a_pass = samples // size
-    for start in range(0, steps, a_pass):
-        used = torch.cat(rows[start : start + a_pass]).tolist()
-        assert len(set(used)) == len(used) and set(used) <= set(range(samples))
-    assert all(torch.equal(a, b) for a, b in zip(rows, minibatches(samples, batch, steps + 7), strict=False))
+    for rows in found:
+        for start in range(0, steps, a_pass):
+            used = rows[start : start + a_pass].flatten().tolist()
+            assert len(set(used)) == len(used) and set(used) <= set(range(samples))
+    assert torch.equal(found, minibatches(0, "train", ids, samples, batch, steps + 7)[:, :steps])
+    assert torch.equal(found[1:], minibatches(0, "train", ids[1:], samples, batch, steps))
 
 
-def test_minibatches_are_shuffled_anew_in_each_pass() -> None:
-    first, second, third = minibatches(20, 20, 3)
-    assert not torch.equal(first, torch.arange(20))
-    assert not torch.equal(first, second) and not torch.equal(second, third)
+def test_minibatches_differ_between_passes_episodes_splits_and_seeds() -> None:
+    found = minibatches(0, "train", [0, 1], 20, 20, 3)
+    others = [minibatches(seed, split, [0], 20, 20, 1)[0, 0] for seed, split in ((0, "adapt"), (1, "train"))]
+    orders = [torch.arange(20), *found.flatten(0, 1), *others]
+    assert len({tuple(order.tolist()) for order in orders}) == 1 + 6 + 2
+
+
+def test_no_class_has_a_place_of_its_own_in_the_minibatches() -> None:
+    """Samples lie class by class: an order that all tasks shared would push the head's bias the same way each time."""
+    labels = torch.arange(5).repeat_interleave(10)
+    last = labels[minibatches(0, "train", list(range(2000)), 50, 10, 5)[:, -1]]
+    share = torch.stack([(last == label).double().mean() for label in range(5)])
+    assert (share - 0.2).abs().max() < 0.01
