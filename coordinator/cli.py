@@ -284,13 +284,18 @@ _size = click.option(
 @click.argument("source", type=_path, metavar="ZIP_OR_FOLDER")
 @click.argument("store", type=_path)
 @_size
+@click.option(
+    "--part",
+    type=click.Choice(["background", "evaluation", "both"]),
+    help="Which alphabets, where the source has both parts; the background ones when not given.",
+)
 @click.option("--download", is_flag=True, help="First download Omniglot into the folder, through torchvision.")
 @_json
-def ingest_omniglot(source: Path, store: Path, size: int, download: bool, as_json: bool) -> None:
+def ingest_omniglot(source: Path, store: Path, size: int, part: Any, download: bool, as_json: bool) -> None:
     """Omniglot as published (zip files or unpacked), or as torchvision leaves it on disk; ink is white on black."""
     from coordinator import commands
 
-    _report(as_json, lambda: commands.ingest_omniglot(source, store, size, download=download, as_json=as_json))
+    _report(as_json, lambda: commands.ingest_omniglot(source, store, size, part, download=download, as_json=as_json))
 
 
 @ingest.command("images", short_help="Your own pictures in class folders.")

@@ -137,11 +137,13 @@ def recipes(*, as_json: bool) -> Report:
 # -------------------------------------------------------------------------------------------------------------- ingest
 
 
-def ingest_omniglot(source: Path, store: Path, size: int, *, download: bool, as_json: bool) -> Report:
+def ingest_omniglot(
+    source: Path, store: Path, size: int, part: Part | None, *, download: bool, as_json: bool
+) -> Report:
     """Ingest Omniglot from a zip or folder; with ``download``, into which it is downloaded first."""
     from cluster.episodes import ingest_omniglot as omniglot
 
-    report = omniglot.ingest_omniglot(omniglot.download_omniglot(source) if download else source, store, size)
+    report = omniglot.ingest_omniglot(omniglot.download_omniglot(source) if download else source, store, size, part)
     return _ingested(store, report.header, report.skipped, as_json=as_json)
 
 

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,7 @@ from cluster.errors import IngestError
 SIDE = 105
 """Height and width of a drawing, pixels."""
 PARTS = ("images_background", "images_evaluation")
+Part = Literal["background", "evaluation", "both"]
 MEMBER_LIMIT = 1 << 20
 """Largest file of one drawing, bytes; the published ones have below 1 KiB."""
 TOTAL_LIMIT = 1 << 29
@@ -62,8 +64,13 @@ class _Drawing:
         return f"{self.alphabet}/{self.character}"
 
 
-def ingest_omniglot(source: str | os.PathLike[str], store: str | os.PathLike[str], size: int = 28) -> IngestReport:
+def ingest_omniglot(
+    source: str | os.PathLike[str], store: str | os.PathLike[str], size: int = 28, part: Part | None = None
+) -> IngestReport:
     """Write the Omniglot drawings found at ``source`` to the episode store ``store``, ``[1, size, size]`` uint8.
+
+    Without a ``part``, of a source that has both only the background alphabets are taken: they are for training, the
+    evaluation alphabets for evaluation, and a split that does not name an alphabet trains on it.
 
     Classes are "ALPHABET/characterNN" in order of name, with the class metadata columns ``alphabet`` and ``part``
     (background or evaluation) and the sample metadata column ``drawer``. Damaged drawings are skipped and reported.
@@ -84,11 +91,12 @@ def ingest_omniglot(source: str | os.PathLike[str], store: str | os.PathLike[str
             found += _read_zip(place, skipped) if place.is_file() else _read_folder(place, skipped)
     except OSError as error:
         raise IngestError(f"{source}: cannot be read ({error.strerror or error}): check the path") from None
-    drawings, bits = _decode(sorted(found), skipped)
+    drawings, bits = _decode(sorted(_of_part(found, part)), skipped)
     if not drawings:
+        wanted = "" if part in (None, "both") else f"of the {part} part "
         raise IngestError(
-            f"{source}: no usable Omniglot drawing in it ({len(skipped)} unusable): give images_background.zip, or "
-            "a folder that holds images_background/ALPHABET/characterNN/XXXX_YY.png"
+            f"{source}: no usable Omniglot drawing {wanted}in it ({len(skipped)} unusable): give "
+            "images_background.zip, or a folder that holds images_background/ALPHABET/characterNN/XXXX_YY.png"
         )
     part_of = {drawing.class_name: (drawing.alphabet, drawing.part.removeprefix("images_")) for drawing in drawings}
     names = tuple(part_of)
@@ -108,6 +116,14 @@ def ingest_omniglot(source: str | os.PathLike[str], store: str | os.PathLike[str
         },
     )
     return IngestReport(header, len(names), len(drawings), tuple(skipped), time.monotonic() - started)
+
+
+def _of_part(found: list[_Drawing], part: Part | None) -> list[_Drawing]:
+    """The drawings of the part that is wanted."""
+    present = {drawing.part for drawing in found}
+    if part == "both" or (part is None and len(present) < 2):
+        return found
+    return [drawing for drawing in found if drawing.part == f"images_{part or 'background'}"]
 
 
 def download_omniglot(root: str | os.PathLike[str]) -> Path:
@@ -182,19 +198,31 @@ def _read_zip(path: Path, skipped: list[tuple[str, str]]) -> Iterator[_Drawing]:
             for info in members:
                 if (match := _MEMBER.fullmatch(info.filename)) is None:
                     continue
-                if stat.S_ISLNK(info.external_attr >> 16):
-                    skipped.append((info.filename, "a symbolic link"))
-                elif info.file_size > MEMBER_LIMIT:
-                    skipped.append((info.filename, f"{info.file_size} bytes, more than {MEMBER_LIMIT}"))
-                else:
-                    try:
-                        raw = archive.read(info)
-                    except Exception as error:  # damaged, encrypted or in an unknown compression: named and left out
-                        skipped.append((info.filename, " ".join(str(error).split())[:200] or type(error).__name__))
-                        continue
-                    yield _drawing(match, info.filename, raw)
+                try:
+                    raw = _read_member(archive, info)
+                except Exception as error:  # damaged, encrypted, a bomb: named and left out
+                    skipped.append((info.filename, " ".join(str(error).split())[:200] or type(error).__name__))
+                    continue
+                yield _drawing(match, info.filename, raw)
     except zipfile.BadZipFile as error:
         raise IngestError(f"{path}: is not a readable zip archive ({error}): download it again") from None
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """One file of an archive; whatever its header says, no more than `MEMBER_LIMIT` of it is ever unpacked.
+
+    Raises:
+        ValueError: it is no ordinary file of Omniglot.
+    """
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise ValueError("a symbolic link")
+    if info.file_size > MEMBER_LIMIT:
+        raise ValueError(f"{info.file_size} bytes, more than {MEMBER_LIMIT}")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # The other methods are unpacked whole, however much is asked for.
+        raise ValueError(f"compression method {info.compress_type}, which Omniglot does not use")
+    with archive.open(info) as member:
+        return member.read(MEMBER_LIMIT)
 
 
 def _refuse_hostile(path: Path, members: list[zipfile.ZipInfo]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 import types
 import zipfile
@@ -136,14 +137,30 @@ def test_every_layout_gives_the_same_store(tmp_path):
     assert len(set(digests.values())) == 1, digests
 
 
-def test_both_parts_are_read_each_from_where_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "alphabets"),
+    [
+        (None, {"Greek", "Latin"}),  # what recipes train on, whatever else lies beside it
+        ("background", {"Greek", "Latin"}),
+        ("evaluation", {"Atlantean", "Oriya"}),
+        ("both", {"Greek", "Latin", "Atlantean", "Oriya"}),
+    ],
+)
+def test_parts_are_told_apart_and_read_each_from_where_it_is(tmp_path, part, alphabets):
     unpacked(tmp_path / "in", drawings())
     zipped(tmp_path / "in" / "images_evaluation.zip", drawings("images_evaluation", ("Atlantean", "Oriya")))
-    report = ingest_omniglot(tmp_path / "in", tmp_path / "store")
+    report = ingest_omniglot(tmp_path / "in", tmp_path / "store", part=part)
     store = EpisodeStore.open(tmp_path / "store")
     parts = dict(zip(store.class_metadata["alphabet"], store.class_metadata["part"], strict=True))
-    assert parts == {"Atlantean": "evaluation", "Greek": "background", "Latin": "background", "Oriya": "evaluation"}
-    assert report.classes == 8
+    assert parts == {a: "background" if a in ("Greek", "Latin") else "evaluation" for a in alphabets}
+    assert report.classes == 2 * len(alphabets)
+
+
+def test_a_part_that_is_there_alone_is_taken_and_one_that_is_not_is_refused(tmp_path):
+    path = zipped(tmp_path / "z.zip", drawings("images_evaluation"))
+    assert ingest_omniglot(path, tmp_path / "store").classes == 4
+    with pytest.raises(IngestError, match="no usable Omniglot drawing of the background part"):
+        ingest_omniglot(path, tmp_path / "other", part="background")
 
 
 def test_an_existing_store_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -235,6 +252,30 @@ def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch)
     fails(tmp_path, path, "13 members")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_hides_its_size_is_never_unpacked_whole(tmp_path, method):
+    members, bomb = drawings(), 300 << 20
+    last = list(members)[-1]
+    path = tmp_path / "z.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, raw in members.items():
+            archive.writestr(name, raw if name != last else b"\0" * bomb, method if name == last else None)
+    path.write_bytes(path.read_bytes().replace(bomb.to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo(last).file_size == 1000
+    program = (
+        "import resource, sys\n"
+        "from cluster.episodes.ingest_omniglot import ingest_omniglot\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "report = ingest_omniglot(sys.argv[1], sys.argv[2])\n"
+        "print(len(report.skipped), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    argv = [sys.executable, "-c", program, path, tmp_path / "store"]
+    skipped, grown_kib = subprocess.run(argv, capture_output=True, check=True, text=True).stdout.split()
+    assert int(skipped) == 1
+    assert int(grown_kib) < 100 << 10
+
+
 def test_links_that_leave_the_folder_are_skipped(tmp_path):
     members = drawings()
     unpacked(tmp_path / "in", members)
@@ -281,7 +322,7 @@ def fake_torchvision(monkeypatch):
 def test_a_download_can_be_ingested(tmp_path, fake_torchvision):
     root = download_omniglot(tmp_path / "root")
     assert FakeOmniglot.asked == [True, False]
-    assert ingest_omniglot(root, tmp_path / "store").classes == 4
+    assert ingest_omniglot(root, tmp_path / "store", part="both").classes == 4
 
 
 @pytest.mark.parametrize(
