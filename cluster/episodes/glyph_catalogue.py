@@ -1,7 +1,8 @@
 """Which characters the embedded source ``glyphs`` has, and in which real typefaces.
 
 The typefaces are the TrueType files that matplotlib ships. A *face* is one of them that is a face of text; a character
-*qualifies* when at least four faces draw it. Three rules keep what is no picture of its character out:
+*qualifies* when at least four faces draw it. Three rules keep what is no picture of its character out, and a fourth
+what is of several scripts:
 
 1. An entry of a font's character map counts only if the glyph's name, read by the Adobe Glyph List, says that very
    character. This drops all of the placeholder font (Last Resort: glyph ``lastresortgreek`` for each Greek letter) and
@@ -10,6 +11,8 @@ The typefaces are the TrueType files that matplotlib ships. A *face* is one of t
 2. A font without A … Z is no face: those hold oversized pieces of a few symbols, thinner than a pixel at our sizes.
 3. Of characters that look alike in some face (Latin A, Cyrillic А, Greek Α; a dot by any name) the lowest code point
    stays. Samples are centred on their ink, so characters that differ only in their place on the line look alike too.
+4. Signs that a few scripts share (the Arabic question mark, the Georgian paragraph separator) are left out: whatever
+   scripts a split holds out, nothing of theirs is in training. Signs of no script in particular are ``Common``.
 
 `catalogue` is the whole of it; `render` draws one character, here for the comparison and in `glyphs` for the samples.
 """
@@ -51,6 +54,8 @@ MARGIN = 2
 _LETTERS = frozenset(range(ord("A"), ord("Z") + 1))
 _NO_PICTURE = "CZM"
 """Unicode categories with no picture of their own: control and unassigned, separators, combining marks."""
+_NO_SCRIPT = frozenset({"Zyyy", "Zinh", "Zzzz"})
+"""Common, inherited, unknown."""
 _PAIRS_AT_ONCE = 1 << 15
 
 
@@ -82,8 +87,15 @@ class Character:
 
     @property
     def script(self) -> str:
-        """Unicode script, for instance ``Cyrillic``; ``Common`` for what many scripts share."""
-        return str(scripts.script_name(scripts.script(chr(self.code_point))))
+        """Unicode script, for instance ``Cyrillic``; of a symbol that stands for a letter (ℵ) the letter's.
+
+        ``Common`` for what has none.
+        """
+        own = scripts.script(chr(self.code_point))
+        stands_for = {scripts.script(c) for c in unicodedata.normalize("NFKC", chr(self.code_point))} - _NO_SCRIPT
+        if own in _NO_SCRIPT and len(stands_for) == 1:
+            own = stands_for.pop()
+        return str(scripts.script_name(own))
 
     @property
     def block(self) -> str:
@@ -176,7 +188,11 @@ def _text_faces() -> Iterator[Face]:
     for path in font_files():
         with TTFont(path, lazy=True) as font:
             named: dict[int, str] = font.getBestCmap() or {}
-            characters = frozenset(code_point for code_point, glyph in named.items() if _means(glyph, code_point))
+            characters = frozenset(
+                code_point
+                for code_point, glyph in named.items()
+                if _means(glyph, code_point) and not _of_several_scripts(code_point)
+            )
             if characters >= _LETTERS:
                 yield Face(str(font["name"].getDebugName(4) or path.stem), path, characters)
 
@@ -192,6 +208,12 @@ def _means(glyph: str, code_point: int) -> bool:
         and (said == character or unicodedata.normalize("NFKC", said) == unicodedata.normalize("NFKC", character))
         and unicodedata.category(character)[0] not in _NO_PICTURE
     )
+
+
+def _of_several_scripts(code_point: int) -> bool:
+    """Whether the character has no script of its own, but some that use it."""
+    character = chr(code_point)
+    return scripts.script(character) in _NO_SCRIPT and bool(scripts.script_extension(character) - _NO_SCRIPT)
 
 
 @lru_cache(maxsize=1 << 14)

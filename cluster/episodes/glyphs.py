@@ -37,7 +37,7 @@ from cluster.episodes.store import ClassTable, EpisodeStore, StoreHeader, write_
 from cluster.episodes.store_header import header_path
 from cluster.errors import IngestError, StoreError
 
-GENERATOR = "glyphs/1"
+GENERATOR = "glyphs/2"
 """Changes with every change of the samples or classes: a cached store of another generator is not used."""
 SAMPLES = 20
 """Samples a class."""

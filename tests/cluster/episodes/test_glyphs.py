@@ -13,9 +13,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
+from fontTools import unicodedata
 from fontTools.ttLib import TTFont
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,6 +164,19 @@ def test_the_split_holds_out_whole_scripts(made: GlyphDataset) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
+
+
+def test_nothing_of_the_scripts_held_out_is_in_training(made: GlyphDataset) -> None:
+    held_out = {*GLYPHS_SPLIT.val, *GLYPHS_SPLIT.test}
+    scripts = made.class_metadata["script"]
+    training = [name for name, script in zip(made.names, scripts, strict=True) if script not in held_out]
+    for name in training:
+        character = chr(int(name.split()[0].removeprefix("U+"), 16))
+        used_by = {unicodedata.script_name(s) for s in unicodedata.script_extension(character)}
+        stands_for = {unicodedata.script_name(unicodedata.script(c)) for c in normalize("NFKC", character)}
+        assert not held_out & (used_by | stands_for), name
+    hebrew = [name for name, script in zip(made.names, scripts, strict=True) if script == "Hebrew"]
+    assert "U+2135 ALEF SYMBOL" in hebrew
 
 
 def test_samples_are_in_the_shape_of_a_store(made: GlyphDataset) -> None:
