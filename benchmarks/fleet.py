@@ -72,7 +72,8 @@ class Fleet:
         hello = self._all_joined()
         self.niceness = os.getpriority(os.PRIO_PROCESS, hello.pid)
         """Of the workers: Ray gives them 15 and the driver 0."""
-        self._learner = build_learner(config, open_source(config).sample_shape)
+        sample_shape = open_source(config).sample_shape
+        self._learner = build_learner(config, sample_shape)
         self._state = MetaState.initial(config, self._learner)
         self._identity = RunIdentity(
             config.result_digest(),
@@ -81,6 +82,7 @@ class Fleet:
             self._state.digest,
             hello.fingerprint,
             hello.fingerprint_detail,
+            sample_shape,
         )
         run = RunDirectory.create(folder / "run")
         epoch = run.claim_epoch()

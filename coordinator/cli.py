@@ -48,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         click.echo(f"error: {error}", err=True)
         return 2
+    except OSError as error:
+        if os.environ.get(DEBUG_VARIABLE) or error.filename is None:
+            raise
+        click.echo(f"error: {error.filename}: {error.strerror}: check the path, its permissions and the disk", err=True)
+        return 2
 
 
 # ------------------------------------------------------------------------------------------- configuration as options

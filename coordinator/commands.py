@@ -28,6 +28,7 @@ from cluster.config.sections import StoreData
 from cluster.errors import ConfigError, RunDirectoryError, StoreError
 
 if TYPE_CHECKING:
+    from cluster.episodes.ingest_omniglot import Part
     from cluster.episodes.store_header import StoreHeader
     from cluster.messages import BatchNorm, SplitName
 

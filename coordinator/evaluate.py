@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -59,8 +60,14 @@ def evaluate_command(
     request = _request(config, split, way, shot, query, episodes, batch_norm)
     prepare("cpu", threads=1)
     source = open_source(config)
+    identity = directory.identity()
     if store is None:
-        check_source(directory.identity(), source.digest, source.split_digest)
+        check_source(identity, source.digest, source.split_digest)
+    elif tuple(source.sample_shape) != tuple(identity.sample_shape):
+        raise CheckpointError(
+            f"{store}: its samples are {_size(source.sample_shape)}, the run was trained on "
+            f"{_size(identity.sample_shape)}: ingest it with the same --size and colours"
+        )
     source.check(split, request.way, request.shot, request.query)
     learner = build_learner(config, source.sample_shape)
     path = _choose(directory, checkpoint)
@@ -92,6 +99,10 @@ def _notice(source: EpisodeSource, outcome: Failure | Joined) -> None:
         print(outcome.message, file=sys.stderr)
     else:
         check_data(source.digest, source.split_digest, outcome.hello)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> Path:

@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class RunIdentity:
     """Run digest at version 0."""
     fingerprint: str
     fingerprint_detail: Mapping[str, str]
+    sample_shape: Sequence[int]
+    """Of one input sample, for instance 1, 28, 28."""
 
 
 class RunDirectory:

@@ -241,6 +241,7 @@ def _begin(
         initial.digest,
         first.fingerprint,
         dict(first.fingerprint_detail),
+        source.sample_shape,
     )
     check_data(identity.store_digest, identity.split_digest, first)
     run = RunDirectory.create(path)

@@ -118,7 +118,11 @@ def _members(folder: Path, skipped: Skipped) -> Iterator[Member]:
         for name in sorted(files):
             if name.startswith(".") or not name.lower().endswith(SUFFIXES):
                 continue
-            if reason := _refusal(Path(here, name), below, top):
+            try:
+                reason = _refusal(Path(here, name), below, top)
+            except OSError as error:
+                reason = error.strerror or str(error)
+            if reason:
                 skipped.append((_printable((PurePosixPath(below) / name).as_posix()), reason))
             else:
                 yield below, name

@@ -107,7 +107,11 @@ def scratch_array(store: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
     folder = next(folder for folder in store.absolute().parents if folder.is_dir())
     with tempfile.TemporaryFile(dir=folder) as file:
         # Reserved at once: a write to a mapping for which the disk has no room kills the process.
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * dtype.itemsize)
+        size = math.prod(shape) * dtype.itemsize
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
         yield np.memmap(file, dtype=dtype, mode="r+", shape=shape)
 
 

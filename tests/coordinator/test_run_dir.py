@@ -18,7 +18,9 @@ from cluster.errors import RunDirectoryError
 from coordinator.run_dir import FORMAT, LARGEST_HEADER, RunDirectory, RunIdentity
 
 ROOT = Path(__file__).parents[2]
-IDENTITY = RunIdentity("config", "store", "split", "initial", "fingerprint", {"cpu": "model × 3", "torch": "2.9"})
+IDENTITY = RunIdentity(
+    "config", "store", "split", "initial", "fingerprint", {"cpu": "model × 3", "torch": "2.9"}, [1, 28, 28]
+)
 
 OWNER = """
 import sys, time

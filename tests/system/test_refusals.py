@@ -159,9 +159,19 @@ def test_a_damaged_store(refused: Refused, own_pictures: Pictures, tmp_path: Pat
         assert "damaged.arrow" in refused(*argv)
 
 
-def test_a_store_of_another_shape(refused: Refused, copy: Path, coloured: Path) -> None:
-    error = refused("evaluate", copy, "--store", coloured)
-    assert "parameters" in error and "sample shape" in error
+def test_a_store_of_another_shape(refused: Refused, copy: Path, coloured: Path, tmp_path: Path) -> None:
+    larger = tmp_path / "larger.arrow"
+    ingest_images(tmp_path / "coloured", larger, 32, True)  # the strided net's parameters would fit it
+    for store, shape in ((coloured, "3×28×28"), (larger, "1×32×32")):
+        error = refused("evaluate", copy, "--store", store, "--split", "all")
+        assert f"its samples are {shape}, the run was trained on 1×28×28" in error
+
+
+def test_paths_that_cannot_be(refused: Refused, own_pictures: Pictures) -> None:
+    long = "x" * 5000
+    for argv in (("inspect", long), ("evaluate", long), ("train", *own_pictures.argv, "--store", long)):
+        assert "File name too long" in refused(*argv)
+    assert "no/such/folder" in refused("inspect", own_pictures.store, "--sheet", "no/such/folder/x.png")
 
 
 def test_another_store_for_the_same_run(refused: Refused, copy: Path, coloured: Path) -> None:
