@@ -28,8 +28,8 @@ OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot" / "images_
 CLUSTER_CPUS = 4
 """Of the cluster that runs join, whatever the machine has."""
 
-STEPS = 60
-"""Versions of the runs on pictures."""
+STEPS = 120
+"""Versions of the runs on pictures: seconds of work, in which tests have to come."""
 
 SMALL = (
     *("--steps", STEPS, "--model.channels", 8, "--learner.inner_steps", 2, "--learner.eval_steps", 3),

@@ -16,11 +16,13 @@ from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Publi
 from coordinator.commit_log import Entry, read_log
 from coordinator.run_dir import RunDirectory
 from metaworker.actor import WorkerActor
-from tests.system.driving import PATIENT, Command, Finished, entries_of, newest_checkpoint
+from tests.system.driving import Command, Finished, entries_of, newest_checkpoint
 
 pytestmark = pytest.mark.ray
 
 BOUND = 4
+MANY = 600
+"""Versions of a run that is to be stopped in the middle: seconds of work."""
 
 SINUSOID = (
     *("train", "sinusoid-maml", "--learner.inner_lr", 0.001, "--evaluation.episodes", 20, "--evaluation.every", 0),
@@ -39,10 +41,17 @@ def late(slot: int, run: Path, versions: tuple[int, ...]) -> type[WorkerActor]:
 
     A local class, so that it travels by value.
     """
+    computes = run.with_name("the slow worker computes")
+
+    def wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     class LateActor:
         def __init__(self, config: RunConfig, mine: int) -> None:
             self._actor = WorkerActor(config, mine)
+            self._mine = mine
             self._turns = itertools.cycle(versions if mine == slot else (0,))
 
         def hello(self) -> WorkerHello:
@@ -50,11 +59,12 @@ def late(slot: int, run: Path, versions: tuple[int, ...]) -> type[WorkerActor]:
 
         def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
             result = self._actor.compute(published, order)
+            if self._mine == slot:
+                computes.touch()
+            wait(computes.exists)  # or a fast machine has ended the run before the slow worker has even warmed up
             if isinstance(order, ShardTask):
                 reached = order.base_version + next(self._turns)
-                deadline = time.monotonic() + PATIENT
-                while len(read_log(RunDirectory(run))) < reached and time.monotonic() < deadline:
-                    time.sleep(0.01)
+                wait(lambda: len(read_log(RunDirectory(run))) >= reached)
             return result
 
     return LateActor  # type: ignore[return-value]
@@ -104,7 +114,7 @@ def test_a_slow_worker_stays_within_the_bound(
 
 def test_a_buffered_run_is_killed_stopped_and_resumed(command: Command, here: Callable[..., Finished]) -> None:
     run = command.folder / "run"
-    argv = ("--steps", 120, "--aggregator.buffer", 3, "--execution.checkpoint_every", 20, "--json")
+    argv = ("--steps", MANY, "--aggregator.buffer", 3, "--execution.checkpoint_every", 20, "--json")
     driver = command.start(*SINUSOID, *argv)
     driver.until_version(run, 30)
     driver.send(signal.SIGKILL)
@@ -116,16 +126,16 @@ def test_a_buffered_run_is_killed_stopped_and_resumed(command: Command, here: Ca
     second.send(signal.SIGINT)
     finished = second.finish()
     assert (finished.code, finished.out) == (128 + signal.SIGINT, "")
-    assert reached <= finished.stopped_at == newest_checkpoint(run) < 120
+    assert reached <= finished.stopped_at == newest_checkpoint(run) < MANY
     second.must_leave_nothing()
 
     report = command.run("train", "--resume", run, "--json").report
     entries = entries_of(run)
-    assert report["version"] == 120 and RunDirectory(run).epochs() == [1, 2, 3]
-    assert [entry.version for entry in entries] == list(range(1, 121))
+    assert report["version"] == MANY and RunDirectory(run).epochs() == [1, 2, 3]
+    assert [entry.version for entry in entries] == list(range(1, MANY + 1))
     assert entries[: len(before)] == before
     assert all(len(entry.counted) == 3 for entry in entries)
     assert 0 < max(staleness(entries)) <= BOUND
     assert_each_counts_at_most_once(entries)
     replayed = here("replay", run, "--json").report
-    assert (replayed["digest"], replayed["version"]) == (report["digest"], 120)
+    assert (replayed["digest"], replayed["version"]) == (report["digest"], MANY)

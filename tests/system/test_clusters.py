@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -106,10 +105,8 @@ def test_more_than_the_joined_cluster_has(here: Callable[..., Finished], cluster
 
 
 def test_no_cluster_where_the_environment_says(command: Command) -> None:
-    started = time.monotonic()
     error = command.run(*SHORT, "--address", "auto", "--run-dir", "run", RAY_ADDRESS="127.0.0.1:1").error
     assert "no Ray cluster at '127.0.0.1:1'" in error and "start one with `ray start --head`" in error
-    assert time.monotonic() - started < 30
     assert not (command.folder / "run").exists()
 
 

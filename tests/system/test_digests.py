@@ -10,6 +10,7 @@ import pytest
 
 from cluster.episodes.store import read_header
 from cluster.ray_runtime import ray_cluster, usable_cpus
+from coordinator.history import read_history
 from coordinator.run_dir import RunDirectory
 from tests.system.conftest import CLUSTER_CPUS, STEPS, Pictures, Undisturbed
 from tests.system.driving import AGENTS, Command, Finished, entries_of, newest_checkpoint, wait_for
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.ray
 def test_one_worker(command: Command, pictures: Pictures, undisturbed: Undisturbed) -> None:
     report = command.run("train", *pictures.argv, "--workers", 1, "--run-dir", "run", "--json").report
     assert (report["workers"], undisturbed.report["workers"]) == (1, 2)
+    assert read_history(RunDirectory(undisturbed.run).history).workers.max() == 2
     assert report["digest"] == undisturbed.report["digest"]
     assert report["evaluation"] == undisturbed.report["evaluation"]
 
@@ -30,7 +32,7 @@ def test_four_workers_on_a_joined_cluster(
     argv = ("--workers", 4, "--execution.cpus_per_worker", 0.25, "--address", cluster, "--run-dir", "run", "--json")
     driver = command.start("train", *pictures.argv, *argv)
     report = driver.finish().report
-    assert report["workers"] == 4
+    assert report["workers"] == 4 == read_history(RunDirectory(command.folder / "run").history).workers.max()
     assert report["digest"] == undisturbed.report["digest"]
     assert report["evaluation"] == undisturbed.report["evaluation"]
     driver.must_leave_nothing()
@@ -46,6 +48,7 @@ def test_a_killed_worker(command: Command, pictures: Pictures, undisturbed: Undi
     argv = ("--workers", 3, "--execution.cpus_per_worker", half, "--run-dir", "run", "--json")
     driver = command.start("train", *pictures.argv, *argv)
     version = driver.until_version(command.folder / "run", 10)
+    driver.until(lambda: len(driver.workers()) == 2, "both workers")
     with driver.held():
         os.kill(driver.workers()[0], signal.SIGKILL)
     finished = driver.finish()

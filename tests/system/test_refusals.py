@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,10 +115,8 @@ def flip(path: Path, at: int) -> None:
 def test_refused(refused: Refused, tmp_path: Path, argv: tuple[Any, ...], why: list[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_bytes(b"")
-    started = time.monotonic()
     error = refused(*argv)
     assert all(words in error for words in why), error
-    assert time.monotonic() - started < 30
 
 
 def test_a_port_that_is_taken(refused: Refused) -> None:

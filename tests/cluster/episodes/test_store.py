@@ -463,7 +463,7 @@ def _open_counting(path: Path, start, log: Path) -> None:
 
     hashlib.file_digest = counted
     store_header.SETTLED_SECONDS = -1.0
-    start.wait()
+    start.wait(30)
     assert len(EpisodeStore.open(path).classes) == 4
     with open(log, "a") as out:
         out.write("opened\n")
@@ -474,7 +474,7 @@ def test_four_workers_that_start_at_once_hash_once(tmp_path):
     context = multiprocessing.get_context("fork")
     start = context.Barrier(4)
     arguments = (tmp_path / "s", start, tmp_path / "log")
-    workers = [context.Process(target=_open_counting, args=arguments) for _ in range(4)]
+    workers = [context.Process(target=_open_counting, args=arguments, daemon=True) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
