@@ -106,9 +106,9 @@ class Fleet:
             self._metrics,
             StopRequest(),
         )
-        trainer = Trainer(resources, self._state, build_aggregator(self._config.aggregator, start))
         self._pool.spans.clear()
-        started = time.perf_counter()
+        started = time.perf_counter()  # a trainer publishes when it is made
+        trainer = Trainer(resources, self._state, build_aggregator(self._config.aggregator, start))
         self._state = trainer.run()
         return Segment(view.reached - started, trainer.progress.episodes, tuple(self._pool.spans))
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cluster.config.loading import load_resolved
 from cluster.config.run import RunConfig
-from cluster.config.sections import FractionSplit, StoreData
+from cluster.config.sections import MLP, FractionSplit, StoreData
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
@@ -86,7 +86,7 @@ def evaluate_command(
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
         scores = evaluate_now(dispatcher, pool, state.published, request, partial(_notice, source))
     chosen = "best" if path == checkpoints.best_of(directory.checkpoints) and checkpoint == "best" else "last"
-    report = describe_evaluation(scores, request, chosen, state.version)
+    report = describe_evaluation(config, scores, request, chosen, state.version)
     report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}
     if not as_json:
         Console().print(evaluation_table(report))
@@ -150,6 +150,8 @@ def _request(
 ) -> EvaluationRequest:
     shape = config.evaluation_shape
     way = way or shape.way
+    if batch_norm is not None and isinstance(config.model, MLP):
+        raise ConfigError(f"--bn {batch_norm}: model {config.model.type} has no batch-norm; leave --bn out")
     if config.learner.type != "protonet" and way != config.episode.way:
         raise ConfigError(
             f"--way must be {config.episode.way} for learner {config.learner.type}, whose head has one output a class, "

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster.config.loading import save_resolved
 from cluster.config.run import RunConfig
-from cluster.config.sections import AsyncAggregator, GlyphsData
+from cluster.config.sections import MLP, AsyncAggregator, GlyphsData
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
@@ -343,19 +343,19 @@ def _evaluate_test(
     request = EvaluationRequest.of(config, "test", config.evaluation.episodes)
     view.message(f"evaluating version {chosen.version} on {request.episodes} episodes of the test split")
     scores = evaluate_now(dispatcher, pool, chosen.published, request, trainer.notice)
-    return describe_evaluation(scores, request, "best" if best is not None else "last", chosen.version)
+    return describe_evaluation(config, scores, request, "best" if best is not None else "last", chosen.version)
 
 
 def describe_evaluation(
-    scores: EvaluationScores, request: EvaluationRequest, checkpoint: str, version: int
+    config: RunConfig, scores: EvaluationScores, request: EvaluationRequest, checkpoint: str, version: int
 ) -> dict[str, Any]:
-    """Scores and what they were measured on, as plain data."""
+    """Scores and what they were measured on, as plain data; ``bn`` is ``None`` for a net without batch-norm."""
     return scores.to_json() | {
         "split": request.split,
         "way": request.way,
         "shot": request.shot,
         "query": request.query,
-        "bn": request.batch_norm,
+        "bn": None if isinstance(config.model, MLP) else request.batch_norm,
         "checkpoint": checkpoint,
         "version": version,
     }
@@ -384,7 +384,8 @@ def evaluation_title(name: str, evaluation: dict[str, Any]) -> str:
     if "accuracy" in evaluation:
         shape = f"{evaluation['way']}-way {shape}"
     episodes = f"{evaluation['episodes']:,} episodes"
-    return " · ".join((name, f"{evaluation['split']} split", shape, episodes, f"batch-norm {evaluation['bn']}"))
+    bn = [f"batch-norm {evaluation['bn']}"] if evaluation["bn"] else []
+    return " · ".join((name, f"{evaluation['split']} split", shape, episodes, *bn))
 
 
 def _summary(

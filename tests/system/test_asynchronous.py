@@ -109,6 +109,7 @@ def test_a_slow_worker_stays_within_the_bound(
     assert inspected["max_staleness"] == max(staleness(entries))
     evaluated = here("evaluate", "run", "--address", cluster, "--workers", 1, "--json").report
     assert {name: evaluated[name] for name in report["evaluation"]} == report["evaluation"]
+    assert evaluated["bn"] is None and "has no batch-norm" in here("evaluate", "run", "--bn", "running").error
     assert "mse" in evaluated and "accuracy" not in evaluated and len(evaluated["steps"]) == 11
 
 
