@@ -316,7 +316,8 @@ class Trainer:
                 episodes=self._since_start,
                 workers=dispatcher.workers,
                 in_flight=dispatcher.in_flight,
-                failures=self.progress.failures.total(),
+                # What was too stale is the bound at work: in the report and the metrics, but no failure.
+                failures=self.progress.failures.total() - self.progress.failures["stale"],
                 staleness=last.staleness if last and self._recent.maxlen else None,
                 validation=self._last_validation,
             )
