@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cluster.flat import Tensors
 
-InnerLoss = Callable[[Mapping[str, Tensor]], Float[Tensor, ""]]
+InnerGradient = Callable[[Mapping[str, Tensor]], Tensors]
+"""The gradient of the task's loss at given parameters, named and shaped as they are."""
 
 ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8
 
 
 def gradient_descent(
-    loss: InnerLoss, theta: Mapping[str, Tensor], step_size: float, steps: int, first_order: bool
+    gradient: InnerGradient, theta: Mapping[str, Tensor], step_size: float, steps: int, first_order: bool
 ) -> list[Tensors]:
     """``θ(t+1) = θ(t) − α ∇loss(θ(t))``: the parameters before and after each step, ``steps`` + 1 of them.
 
     Args:
-        loss: the task's loss as a function of the parameters.
+        gradient: ∇loss.
         theta: where to start.
         step_size: α.
         steps: how many steps, at least 0.
@@ -31,27 +31,27 @@ def gradient_descent(
     for _ in range(steps):
         here = trajectory[-1]
         point = {name: tensor.detach() for name, tensor in here.items()} if first_order else here
-        gradient = torch.func.grad(loss)(point)
-        trajectory.append({name: here[name] - step_size * gradient[name] for name in here})
+        found = gradient(point)
+        trajectory.append({name: here[name] - step_size * found[name] for name in here})
     return trajectory
 
 
 def minibatch_descent(
-    losses: Sequence[InnerLoss], theta: Mapping[str, Tensor], step_size: float, adam: bool
+    gradients: Sequence[InnerGradient], theta: Mapping[str, Tensor], step_size: float, adam: bool
 ) -> list[Tensors]:
-    """One step for each of ``losses`` by SGD, or by Adam with β₁ = 0: parameters before and after each step.
+    """One step by each of ``gradients`` with SGD, or by Adam with β₁ = 0: parameters before and after each step.
 
     Adam's second moments start at zero for each task and are bias-corrected. Nothing is kept for an outer
     differentiation.
     """
     trajectory: list[Tensors] = [{name: tensor.detach() for name, tensor in theta.items()}]
     moments = {name: torch.zeros_like(tensor) for name, tensor in trajectory[0].items()}
-    for step, loss in enumerate(losses, start=1):
+    for step, gradient in enumerate(gradients, start=1):
         here = trajectory[-1]
-        gradient = torch.func.grad(loss)(here)
+        found = gradient(here)
         if adam:
-            moments = {n: ADAM_BETA2 * m + (1 - ADAM_BETA2) * gradient[n] * gradient[n] for n, m in moments.items()}
+            moments = {n: ADAM_BETA2 * m + (1 - ADAM_BETA2) * found[n] * found[n] for n, m in moments.items()}
             correction = 1 - ADAM_BETA2**step
-            gradient = {n: g / ((moments[n] / correction).sqrt() + ADAM_EPSILON) for n, g in gradient.items()}
-        trajectory.append({name: here[name] - step_size * gradient[name] for name in here})
+            found = {n: g / ((moments[n] / correction).sqrt() + ADAM_EPSILON) for n, g in found.items()}
+        trajectory.append({name: here[name] - step_size * found[name] for name in here})
     return trajectory

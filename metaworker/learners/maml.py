@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad
 
 from cluster import keys
 from cluster.episodes.types import Episodes
@@ -23,6 +24,7 @@ from metaworker.inner_loop import gradient_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective
+from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
 from metaworker.learners.vectorise import Score, differentiate
 from metaworker.models.base import Backbone
 
@@ -71,7 +73,7 @@ class MAML:
         def loss(parameters: Mapping[str, Tensor]) -> Float[Tensor, ""]:
             return self.objective.loss(self.backbone(parameters, support_x, given)[0], support_y)
 
-        trajectory = gradient_descent(loss, theta, self.inner_lr, self.eval_steps, first_order=True)
+        trajectory = gradient_descent(grad(loss), theta, self.inner_lr, self.eval_steps, first_order=True)
         return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
 
     def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Tensor:
@@ -82,6 +84,8 @@ class MAML:
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
+        if self.first_order and self.batch_norm != "support":
+            return self._first_order(theta, episodes, context.chunk)
         return differentiate(theta, episodes, context.chunk, self._score, self._adapt, self._looped_score())
 
     def commit_state(
@@ -90,13 +94,27 @@ class MAML:
         """Update the running batch statistics."""
         return commit_running_statistics(state, proposals)
 
+    def _first_order(self, theta: Mapping[str, Tensor], episodes: Episodes, chunk: int) -> ShardResult:
+        """``contribute`` where no derivative is needed but the inner ones and ∇_φ L_query(φ_T)."""
+        stack = Stack(self.backbone, self.objective)
+        gradient = {name: tensor.new_zeros(tensor.shape) for name, tensor in theta.items()}
+        scores: list[Scores] = []
+        for start in range(0, len(episodes), chunk):
+            part = episodes.chunk(start, start + chunk)
+            inner = stack.gradient(part.support_x, part.support_y)
+            phi = gradient_descent(inner, repeat(theta, len(part)), self.inner_lr, self.inner_steps, first_order=True)
+            found, score = stack.differentiate(phi[-1], part.query_x, part.query_y)
+            gradient = {name: total + found[name].sum(0) for name, total in gradient.items()}
+            scores.append(score)
+        return shard_result(gradient, scores)
+
     def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor) -> Tensors:
         """Parameters after ``inner_steps`` training steps."""
 
         def loss(parameters: Mapping[str, Tensor]) -> Float[Tensor, ""]:
             return self.objective.loss(self.backbone(parameters, support_x, None)[0], support_y)
 
-        return gradient_descent(loss, theta, self.inner_lr, self.inner_steps, self.first_order)[-1]
+        return gradient_descent(grad(loss), theta, self.inner_lr, self.inner_steps, self.first_order)[-1]
 
     def _score(
         self, adapted: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad
 
 from cluster import keys
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from cluster.messages import BatchNorm
-from metaworker.inner_loop import InnerLoss, minibatch_descent
+from metaworker.inner_loop import InnerGradient, minibatch_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective
-from metaworker.learners.vectorise import concatenate
+from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
 from metaworker.models.base import Backbone
 
 
@@ -78,8 +78,12 @@ class Reptile:
         given = given_statistics(self.batch_norm, state, training=False)
         rows = minibatches(self.seed, "adapt", [0], len(support_x), self.eval_inner_batch, self.eval_steps)[0]
         rows = rows.to(support_x.device)
-        losses = self._losses(support_x[rows], support_y[rows], given)
-        trajectory = minibatch_descent(losses, theta, self.inner_lr, self.adam)
+
+        def on(x: Tensor, y: Tensor) -> InnerGradient:
+            return grad(lambda parameters: self.objective.loss(self.backbone(parameters, x, given)[0], y))
+
+        steps = [on(*minibatch) for minibatch in zip(support_x[rows], support_y[rows], strict=True)]
+        trajectory = minibatch_descent(steps, theta, self.inner_lr, self.adam)
         return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
 
     def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Tensor:
@@ -90,18 +94,18 @@ class Reptile:
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Sum θ − φ over the episodes."""
-        vectorised = vmap(self._episode, in_dims=(None, 0, 0))
-        gradient = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
-        losses, metrics, proposals = [], [], []
-        with torch.no_grad():
-            for start in range(0, len(episodes), context.chunk):
-                part = episodes.chunk(start, start + context.chunk)
-                displacement, loss, metric, observed = vectorised(theta, *self._minibatches(part))
-                gradient = {name: total + displacement[name].sum(0) for name, total in gradient.items()}
-                losses.append(loss)
-                metrics.append(metric)
-                proposals.append(observed)
-        return ShardResult(gradient, len(episodes), concatenate(proposals), torch.cat(losses), torch.cat(metrics))
+        stack = Stack(self.backbone, self.objective)
+        gradient = {name: tensor.new_zeros(tensor.shape) for name, tensor in theta.items()}
+        scores: list[Scores] = []
+        for start in range(0, len(episodes), context.chunk):
+            x, y = self._minibatches(episodes.chunk(start, start + context.chunk))
+            steps = [stack.gradient(*minibatch) for minibatch in zip(x.unbind(1), y.unbind(1), strict=True)]
+            trajectory = minibatch_descent(steps, repeat(theta, len(x)), self.inner_lr, self.adam)
+            before, adapted = trajectory[-2:]
+            # Scoring all samples with φ would say little more, at a quarter more of the time.
+            scores.append(stack.score(before, x[:, -1], y[:, -1]))
+            gradient = {name: total + (theta[name] - adapted[name]).sum(0) for name, total in gradient.items()}
+        return shard_result(gradient, scores)
 
     def commit_state(
         self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
@@ -117,25 +121,6 @@ class Reptile:
         rows = rows.to(x.device)
         each = torch.arange(len(x), device=x.device)[:, None, None]
         return x[each, rows], y[each, rows]
-
-    def _episode(self, theta: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensors, Tensor, Tensor, Tensors]:
-        """θ − φ of one task; loss, metric and batch statistics on its last minibatch, before the step on it.
-
-        Scoring all samples with φ would say little more, at a quarter more of the time.
-        """
-        trajectory = minibatch_descent(self._losses(x, y, None), theta, self.inner_lr, self.adam)
-        before, adapted = trajectory[-2:]
-        outputs, observed = self.backbone(before, x[-1], None)
-        displacement = {name: theta[name] - adapted[name] for name in theta}
-        return displacement, self.objective.loss(outputs, y[-1]), self.objective.metric(outputs, y[-1]), observed
-
-    def _losses(self, x: Tensor, y: Tensor, given: Mapping[str, Tensor] | None) -> list[InnerLoss]:
-        """The loss on each minibatch of ``[step, batch, …]``."""
-
-        def on(part_x: Tensor, part_y: Tensor) -> InnerLoss:
-            return lambda parameters: self.objective.loss(self.backbone(parameters, part_x, given)[0], part_y)
-
-        return [on(*part) for part in zip(x.unbind(0), y.unbind(0), strict=True)]
 
     def _query_statistics(
         self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None

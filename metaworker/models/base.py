@@ -32,6 +32,19 @@ class Backbone(Protocol):
         """The same function by kernels that are faster, work outside ``vmap`` only, and detach the statistics."""
         ...
 
+    def stacked(self, parameters: Mapping[str, Tensor], x: Tensor, *, observe: bool) -> tuple[Tensor, Statistics]:
+        """Many tasks at once, each with parameters and batch statistics of its own, for first derivatives only.
+
+        Args:
+            parameters: each ``[task, …]``.
+            x: ``[task, sample, *shape]``.
+            observe: whether statistics are wanted.
+
+        Returns:
+            Outputs ``[task, sample, output_size]`` and detached statistics ``[task, channel]``, empty if not wanted.
+        """
+        ...
+
     def parameters(self, normal: Initialiser) -> Tensors:
         """Initial parameters, drawn by key."""
         ...

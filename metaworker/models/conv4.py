@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.flat import Tensors
 from metaworker.models.base import Initialiser, Statistics
-from metaworker.models.layers import batch_norm, conv3x3, fused_batch_norm
+from metaworker.models.layers import batch_norm, conv3x3, fused_batch_norm, native_batch_norm, variance_of
 
 BLOCKS = 4
 
@@ -97,10 +97,35 @@ class Conv4:
                 given = None if statistics is None else (statistics[f"mean.{block}"], statistics[f"variance.{block}"])
                 x, mean, variance = batch_norm(x, scale, shift, given)
             used[f"mean.{block}"], used[f"variance.{block}"] = mean, variance
-            x = torch.relu(x)
-            if not self.strided and min(x.shape[-2:]) > 1:
-                x = F.max_pool2d(x, 2)
+            x = self._activate(x)
         x = x.mean((2, 3)) if self.strided else x.flatten(1)
         if self.outputs is not None:
             x = x @ parameters["head.weight"].T + parameters["head.bias"]
         return x, used
+
+    def stacked(
+        self, parameters: Mapping[str, Tensor], x: Float[Tensor, "task sample channel height width"], *, observe: bool
+    ) -> tuple[Float[Tensor, "task sample output"], Statistics]:
+        """Tasks side by side as groups of channels: the layout in which both kernels take many tasks without a copy."""
+        tasks, samples = x.shape[:2]
+        used: Statistics = {}
+        x = x.transpose(0, 1).flatten(1, 2)
+        for block in range(BLOCKS):
+            weight = parameters[f"conv.{block}"].flatten(0, 1)
+            x = conv3x3(x, weight, stride=2 if self.strided else 1, groups=tasks)
+            scale, shift = parameters[f"scale.{block}"].flatten(), parameters[f"shift.{block}"].flatten()
+            x, mean, inverse_deviation = native_batch_norm(x, scale, shift)
+            if observe:
+                used[f"mean.{block}"] = mean.view(tasks, -1)
+                used[f"variance.{block}"] = variance_of(inverse_deviation).view(tasks, -1)
+            x = self._activate(x)
+        x = x.mean((2, 3)) if self.strided else x.flatten(1)
+        x = x.view(samples, tasks, -1).transpose(0, 1)
+        if self.outputs is not None:
+            x = torch.baddbmm(parameters["head.bias"][:, None], x, parameters["head.weight"].transpose(1, 2))
+        return x, used
+
+    def _activate(self, x: Tensor) -> Tensor:
+        """ReLU, and max-pooling while there is something to pool."""
+        x = torch.relu(x)
+        return F.max_pool2d(x, 2) if not self.strided and min(x.shape[-2:]) > 1 else x

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.func import vmap
 
 from cluster.flat import Tensors
 from metaworker.models.base import Initialiser, Statistics
@@ -31,6 +32,13 @@ class MLP:
     def fused(self) -> MLP:
         """Itself."""
         return self
+
+    def stacked(
+        self, parameters: Mapping[str, Tensor], x: Float[Tensor, "task sample *shape"], *, observe: bool
+    ) -> tuple[Float[Tensor, "task sample output"], Statistics]:
+        """Each task's own network on its own samples."""
+        outputs: Tensor = vmap(lambda mine, samples: self(mine, samples, None)[0])(dict(parameters), x)
+        return outputs, {}
 
     def parameters(self, normal: Initialiser) -> Tensors:
         """He-initialised weights (variance 2 / fan in; 1 / fan in for the last layer) and zero biases."""

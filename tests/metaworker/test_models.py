@@ -159,6 +159,24 @@ def test_fused_kernels_give_the_same_function_and_gradient(model: sections.Model
 
 
 @every_model
+@with_and_without_head
+def test_stacked_tasks_are_tasks_one_by_one(model: sections.Model, outputs: int | None) -> None:
+    backbone = build_backbone(model, (1, 12, 12), outputs)
+    start = perturbed_parameters(backbone)
+    theta = {name: torch.stack([tensor, 1.1 * tensor, tensor - 0.05]) for name, tensor in start.items()}
+    theta = {name: tensor.requires_grad_() for name, tensor in theta.items()}
+    x = drawn(3, 7, 1, 12, 12, seed=50).requires_grad_()
+    stacked, observed = backbone.stacked(theta, x, observe=True)
+    one_by_one = [backbone({name: tensor[task] for name, tensor in theta.items()}, x[task], None) for task in range(3)]
+    close(stacked, torch.stack([out for out, _ in one_by_one]))
+    expected = {name: torch.stack([used[name].detach() for _, used in one_by_one]) for name in observed}
+    close(dict(observed), expected, tolerance=1e-9)
+    assert set(observed) == set(backbone.statistics())
+    close(gradients(stacked, theta, x), gradients(torch.stack([out for out, _ in one_by_one]), theta, x))
+    assert backbone.stacked(theta, x, observe=False)[1] == {}
+
+
+@every_model
 @pytest.mark.parametrize("own_parameters", [True, False])
 def test_second_derivatives_under_vmap_are_those_of_a_loop(
     model: sections.Model, own_parameters: bool, plain_net: Any
