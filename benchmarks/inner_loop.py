@@ -54,7 +54,7 @@ class Case:
 
 
 CASES = (
-    Case("(a) 1 query, 1 step", 1, 1, 32, (1, 4, 8, 16, 32), 1.3),
+    Case("(a) 1 query, 1 step", 1, 1, 32, (1, 4, 8, 11, 16, 32), 1.3),
     Case("(b) 15 queries, 5 steps", 15, 5, 16, (1, 2, 4, 8, 16), 1.0),
 )
 

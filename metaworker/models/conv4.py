@@ -118,14 +118,14 @@ class Conv4:
             if observe:
                 used[f"mean.{block}"] = mean.view(tasks, -1)
                 used[f"variance.{block}"] = variance_of(inverse_deviation).view(tasks, -1)
-            x = self._activate(x)
+            x = self._activate(x, in_place=True)
         x = x.mean((2, 3)) if self.strided else x.flatten(1)
         x = x.view(samples, tasks, -1).transpose(0, 1)
         if self.outputs is not None:
             x = torch.baddbmm(parameters["head.bias"][:, None], x, parameters["head.weight"].transpose(1, 2))
         return x, used
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, x: Tensor, in_place: bool = False) -> Tensor:
         """ReLU, and max-pooling while there is something to pool."""
-        x = torch.relu(x)
+        x = F.relu(x, inplace=in_place)
         return F.max_pool2d(x, 2) if not self.strided and min(x.shape[-2:]) > 1 else x
