@@ -56,7 +56,7 @@ def test_first_line_is_the_description(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipe_is_what_its_name_says(name: str) -> None:
     config, (source, algorithm, *way) = config_of(name), name.split("-")
-    assert config.data.type == {"omniglot": "store"}.get(source, source)
+    assert config.data.type == {"omniglot": "store", "images": "store"}.get(source, source)
     assert config.learner.type == {"fomaml": "maml"}.get(algorithm, algorithm)
     if isinstance(config.learner, MAML):
         assert config.learner.first_order == (algorithm == "fomaml")
@@ -85,7 +85,8 @@ def test_omniglot_holds_out_the_same_alphabets(name: str) -> None:
 
 
 def test_embedded_recipes_need_no_store() -> None:
-    assert not any(recipe.needs_store for name, recipe in SHIPPED.items() if not name.startswith("omniglot"))
+    embedded = {name for name in SHIPPED if name.startswith(("glyphs", "sinusoid"))}
+    assert {name for name, recipe in SHIPPED.items() if not recipe.needs_store} == embedded
 
 
 def test_reptile_is_asynchronous_and_everything_else_is_not() -> None:

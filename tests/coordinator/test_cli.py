@@ -370,7 +370,7 @@ def test_recipes_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [recipe.name for recipe in shipped_recipes()]
-    assert all(("(needs --store)" in line) == line.startswith("omniglot") for line in lines)
+    assert all(("(needs --store)" in line) == line.startswith(("omniglot", "images")) for line in lines)
     assert main(["recipes", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["recipes"]
     assert [recipe["name"] for recipe in listed] == [recipe.name for recipe in shipped_recipes()]
