@@ -102,7 +102,8 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
 
 def usable_cpus() -> int:
     """CPUs that this process may use: its affinity, and its container's quota where there is one."""
-    return min(len(os.sched_getaffinity(0)), _quota() or sys.maxsize)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    return min(allowed, _quota() or sys.maxsize)
 
 
 def _quota() -> int | None:

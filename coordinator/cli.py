@@ -246,8 +246,13 @@ _FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "worke
     show_default=True,
     help="Best by validation, or last.",
 )
-@click.option("--address", metavar="A", help="Ray cluster: local, auto, or HOST:PORT; the run's when not given.")
-@click.option("--workers", type=_count, metavar="N", help="Worker actors; the run's when not given.")
+@click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
+@click.option(
+    "--workers",
+    type=_count,
+    metavar="N",
+    help="Worker actors; as many as the free CPUs (or GPUs) allow when not given.",
+)
 @_json
 def evaluate(run: Path, as_json: bool, **request: Any) -> None:
     """Evaluate the run in directory RUN: mean and 95 % confidence interval before and after each adaptation step.

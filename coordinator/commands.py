@@ -52,6 +52,7 @@ def train(recipe: str | None, overrides: Sequence[Override], resume: Path | None
     else:
         config = _resumed(resume, recipe, overrides)
     _check_store(config)
+    config = _whole_path(config)
 
     from coordinator.session import train_command
 
@@ -210,6 +211,14 @@ def _check_run(run: Path) -> None:
     if not (run / RESOLVED_NAME).is_file():
         what = f"has no {RESOLVED_NAME}" if run.is_dir() else "is no directory" if run.exists() else "does not exist"
         raise RunDirectoryError(f"{run} is no run: it {what}; give the directory that `metafleet train` made")
+
+
+def _whole_path(config: RunConfig) -> RunConfig:
+    """The configuration with the store's whole path: workers and later commands have other working directories."""
+    if config.execution.store is None:
+        return config
+    store = str(Path(config.execution.store).absolute())
+    return config.model_copy(update={"execution": config.execution.model_copy(update={"store": store})})
 
 
 def _check_store(config: RunConfig) -> None:

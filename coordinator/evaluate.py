@@ -25,7 +25,7 @@ from coordinator.capacity import affordable_workers, refuse_unaffordable, say_wo
 from coordinator.dispatch import Dispatcher, Failure, Joined
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
-from coordinator.replay import check_source
+from coordinator.replay import check_config, check_source
 from coordinator.report import evaluation_table
 from coordinator.run_dir import RunDirectory
 from coordinator.session import describe_evaluation
@@ -56,11 +56,12 @@ def evaluate_command(
         SplitError: the data cannot give such episodes.
     """
     directory = RunDirectory.open(run)
-    config = _execution(_data(load_resolved(directory.config), store, split), address, workers)
+    identity, config = directory.identity(), load_resolved(directory.config)
+    check_config(directory, identity, config)
+    config = _execution(_data(config, store, split), address, workers)
     request = _request(config, split, way, shot, query, episodes, batch_norm)
     prepare("cpu", threads=1)
     source = open_source(config)
-    identity = directory.identity()
     if store is None:
         check_source(identity, source.digest, source.split_digest)
     elif tuple(source.sample_shape) != tuple(identity.sample_shape):
@@ -122,7 +123,7 @@ def _data(config: RunConfig, store: Path | None, split: SplitName) -> RunConfig:
         return config
     if config.regression:
         raise ConfigError(f"--store {store}: recipe {config.name!r} is regression on its own source; leave --store out")
-    execution = config.execution.model_copy(update={"store": str(store)})
+    execution = config.execution.model_copy(update={"store": str(store.absolute())})
     data = config.data
     if split == "all" or not isinstance(data, StoreData):
         if split != "all":

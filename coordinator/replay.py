@@ -17,7 +17,7 @@ from cluster.config.loading import load_resolved
 from cluster.config.run import RunConfig
 from cluster.config.sections import AsyncAggregator
 from cluster.episodes import open_source
-from cluster.errors import CheckpointError, FingerprintError, NumericsError
+from cluster.errors import CheckpointError, FingerprintError, NumericsError, RunDirectoryError
 from cluster.messages import Contribution, Published, ShardTask
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Counted, Update
@@ -112,11 +112,13 @@ def replay_run(run: RunDirectory, until: int | None = None) -> tuple[Replayer, S
 
     Raises:
         CheckpointError: the log is damaged, or does not reach ``until``.
+        RunDirectoryError: the configuration was altered.
         FingerprintError: the run was computed on other hardware.
         NumericsError: what is recomputed differs from the log.
     """
     config = load_resolved(run.config)
     identity, entries = run.identity(), read_log(run)
+    check_config(run, identity, config)
     if until is not None and not 0 <= until <= len(entries):
         raise CheckpointError(f"--until {until} is not in the log of {run.path}: it holds versions 0 … {len(entries)}")
     entries = entries[:until]
@@ -140,6 +142,18 @@ def replay_run(run: RunDirectory, until: int | None = None) -> tuple[Replayer, S
             said = time.monotonic()
             print(f"replayed {entry.version} of {len(entries)} versions, digests agree so far", file=sys.stderr)
     return replayer, entries
+
+
+def check_config(run: RunDirectory, identity: RunIdentity, config: RunConfig) -> None:
+    """Refuse a configuration that is not the one the run was made with.
+
+    Raises:
+        RunDirectoryError: its result half was altered.
+    """
+    if config.result_digest() != identity.config_digest:
+        raise RunDirectoryError(
+            f"{run.config} was altered: what decides results is not as the run was made; restore it, or train anew"
+        )
 
 
 def check_source(identity: RunIdentity, store_digest: str, split_digest: str) -> None:

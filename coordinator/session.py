@@ -35,7 +35,7 @@ from coordinator.history import read_history
 from coordinator.meta_state import MetaState
 from coordinator.pool import Pool
 from coordinator.recorder import Recorder
-from coordinator.replay import Replayer, check_source
+from coordinator.replay import Replayer, check_config, check_source
 from coordinator.report import RunSummary, results_table
 from coordinator.run_dir import RunDirectory, RunIdentity
 from coordinator.signals import Signals
@@ -183,6 +183,7 @@ def _left(
     run.acquire()
     stack.callback(run.release)
     identity = run.identity()
+    check_config(run, identity, config)
     check_source(identity, source.digest, source.split_digest)
     initial = MetaState.initial(config, learner)
     found = checkpoints.list_checkpoints(run.checkpoints)

@@ -114,6 +114,7 @@ class Trainer:
         self._last_validation: ValidationRecord | None = None
         self._last: Update | None = None
         self._started = resources.clock()
+        self._ended: float | None = None
         self._since_start = 0
         self._fingerprint = resources.identity.fingerprint
         self._handle = self._publish()
@@ -127,6 +128,7 @@ class Trainer:
             if outcome is not None:
                 self._take(outcome)
             self._show()
+        self._ended = self._r.clock()
         self._r.dispatcher.forget()
         self._save()
         return self.state
@@ -282,13 +284,17 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run over all attempts."""
-        return self.progress.seconds + self._r.clock() - self._started
+        """Wall time of training over all attempts, validations included, the evaluation at the end not."""
+        return self.progress.seconds + self._elapsed
 
     @property
     def tasks_per_second(self) -> float:
         """Episodes committed a second in this attempt."""
-        return self._since_start / max(1e-9, self._r.clock() - self._started)
+        return self._since_start / max(1e-9, self._elapsed)
+
+    @property
+    def _elapsed(self) -> float:
+        return (self._r.clock() if self._ended is None else self._ended) - self._started
 
     def _record(self, update: Update, norm: float) -> CommitRecord:
         return CommitRecord(

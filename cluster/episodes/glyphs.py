@@ -139,7 +139,10 @@ def glyphs_store(size: int = 28) -> Path:
         IngestError: as `glyph_dataset`, or the cache cannot be written.
         StoreError: the disk refuses the store.
     """
-    folder = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "glyphs"
+    try:
+        folder = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "glyphs"
+    except RuntimeError:
+        raise IngestError("there is no home folder to keep the glyphs in: set METAFLEET_CACHE to a folder") from None
     path = folder / f"glyphs-{size}-{_key(size)}.arrow"
     if _is_whole(path):
         return path

@@ -171,6 +171,15 @@ def test_paths_that_cannot_be(refused: Refused, own_pictures: Pictures) -> None:
     assert "no/such/folder" in refused("inspect", own_pictures.store, "--sheet", "no/such/folder/x.png")
 
 
+def test_an_altered_configuration(refused: Refused, copy: Path) -> None:
+    config = copy / "config.toml"
+    text = config.read_text()
+    assert "inner_steps = 2" in text
+    config.write_text(text.replace("inner_steps = 2", "inner_steps = 3"))
+    for argv in (("train", "--resume", copy), ("evaluate", copy), ("replay", copy)):
+        assert "config.toml was altered" in refused(*argv)
+
+
 def test_another_store_for_the_same_run(refused: Refused, copy: Path, coloured: Path) -> None:
     assert "made with another store" in refused("train", "--resume", copy, "--store", coloured)
 
