@@ -71,10 +71,10 @@ def evaluate_command(
         )
     source.check(split, request.way, request.shot, request.query)
     learner = build_learner(config, source.sample_shape)
-    path = _choose(directory, checkpoint)
+    path, chosen = _choose(directory, checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
     refuse_unaffordable(config)
-    if checkpoint == "best" and checkpoints.best_of(directory.checkpoints) is None:
+    if checkpoint != chosen:
         print("no validation has named a best checkpoint: evaluating the last one", file=sys.stderr)
     with ExitStack() as stack:
         free = stack.enter_context(ray_cluster(config.execution.address))
@@ -86,7 +86,6 @@ def evaluate_command(
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
         scores = evaluate_now(dispatcher, pool, state.published, request, partial(_notice, source))
-    chosen = "best" if path == checkpoints.best_of(directory.checkpoints) and checkpoint == "best" else "last"
     report = describe_evaluation(config, scores, request, chosen, state.version)
     report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}
     if not as_json:
@@ -106,15 +105,15 @@ def _size(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> Path:
-    """The checkpoint that is wanted; the last one where no validation has named a best."""
+def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> tuple[Path, Literal["best", "last"]]:
+    """The checkpoint that is wanted, and which it is: the last one where no validation has named a best."""
     found = checkpoints.list_checkpoints(run.checkpoints)
     if not found:
         raise CheckpointError(
             f"{run.path} has no checkpoint yet: let it train on by `metafleet train --resume {run.path}`"
         )
     best = checkpoints.best_of(run.checkpoints)
-    return best if wanted == "best" and best is not None else found[-1]
+    return (best, "best") if wanted == "best" and best is not None else (found[-1], "last")
 
 
 def _data(config: RunConfig, store: Path | None, split: SplitName) -> RunConfig:

@@ -192,13 +192,15 @@ def _left(
         at = checkpoints.load(found[-1], initial.layout, identity.config_digest)
     else:
         at = Checkpoint(initial, (), (), (), 0, identity.config_digest, 0, 0.0)
-    progress = Progress(at.episodes, at.seconds)
+    mixed = any(counted.fingerprint != identity.fingerprint for entry in entries for counted in entry.counted)
+    progress = Progress(at.episodes, at.seconds, mixed=mixed)
     if isinstance(config.aggregator, AsyncAggregator):
         start = _start_async(config, source, identity, at, entries, progress)
     else:
         # A synchronous run recomputes the tail itself, and must come to the logged digests.
         aggregator = build_aggregator(config.aggregator, at.state.version, pending=at.pending)
-        start = Start(at.state, aggregator, (), progress, {e.version: e.digest for e in entries[at.state.version :]})
+        expected = {} if mixed else {e.version: e.digest for e in entries[at.state.version :]}
+        start = Start(at.state, aggregator, (), progress, expected)
     return run, identity, replace(start, unvalidated=_unvalidated(config, run, start.state.version))
 
 
@@ -266,24 +268,28 @@ def _start_async(
         FingerprintError: there is something to replay, and it was computed on other hardware.
     """
     tail = entries[at.state.version :]
-    worker = ShardWorker(config, source)
-    if tail and worker.fingerprint != identity.fingerprint:
-        raise FingerprintError(
-            f"{len(tail)} versions of this run are in its log alone and must be recomputed on hardware and software as "
-            f"before ({dict(identity.fingerprint_detail)}, here {worker.fingerprint_detail}): resume it there"
-        )
-    replayer = Replayer(config, worker, at.state, at.recent)
-    for entry in tail:
-        replayer.apply(entry)
-    prepare("cpu", threads=1)
-    progress.episodes += replayer.episodes
+    state, recent = at.state, at.recent
+    if tail:  # after a clean stop there is none, and nothing for this process to compute
+        worker = ShardWorker(config, source)
+        if worker.fingerprint != identity.fingerprint:
+            raise FingerprintError(
+                f"{len(tail)} versions of this run are in its log alone and must be recomputed on hardware and "
+                f"software as before ({dict(identity.fingerprint_detail)}, here {worker.fingerprint_detail}): "
+                "resume it there"
+            )
+        replayer = Replayer(config, worker, state, recent)
+        for entry in tail:
+            replayer.apply(entry)
+        prepare("cpu", threads=1)
+        state, recent = replayer.state, replayer.recent
+        progress.episodes += replayer.episodes
     settled = {c.shard for entry in entries for c in entry.counted} | {d.shard for e in entries for d in e.dropped}
     pending = [(c, finite) for c, finite in at.pending if c.shard not in settled]
     settled |= {c.shard for c, _ in pending}
     next_id = max(at.next_id, 1 + max(settled, default=-1))
     reissue = [shard for shard in range(next_id) if shard not in settled]
-    aggregator = build_aggregator(config.aggregator, replayer.state.version, next_id, reissue, pending)
-    return Start(replayer.state, aggregator, replayer.recent, progress, {})
+    aggregator = build_aggregator(config.aggregator, state.version, next_id, reissue, pending)
+    return Start(state, aggregator, recent, progress, {})
 
 
 def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
