@@ -28,7 +28,7 @@ from coordinator.meta_state import MetaState
 from coordinator.replay import check_config, check_source
 from coordinator.report import evaluation_table
 from coordinator.run_dir import RunDirectory
-from coordinator.session import describe_evaluation
+from coordinator.session import describe_evaluation, first_worker
 from coordinator.train import check_data
 from metaworker.learners import build_learner, default_batch_norm
 
@@ -85,6 +85,7 @@ def evaluate_command(
         pool = RayPool(config, affordable)
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+        _notice(source, first_worker(config, dispatcher))
         scores = evaluate_now(dispatcher, pool, state.published, request, partial(_notice, source))
     report = describe_evaluation(config, scores, request, chosen, state.version)
     report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}

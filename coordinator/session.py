@@ -95,7 +95,7 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
         pool = RayPool(config, workers)
         stack.callback(pool.close)
         dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
-        first = _first_worker(config, dispatcher).hello
+        first = first_worker(config, dispatcher).hello
         if left:
             run, identity, start = _on_this_hardware(config, *left, first)
         else:
@@ -292,8 +292,12 @@ def _start_async(
     return Start(state, aggregator, recent, progress, {})
 
 
-def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
-    """Wait for the first worker; later ones join while the run goes on."""
+def first_worker(config: RunConfig, dispatcher: Dispatcher) -> Joined:
+    """Wait for the first worker; later ones join while the run goes on.
+
+    Raises:
+        ClusterError: none started within ``execution.start_timeout``.
+    """
     deadline = time.monotonic() + config.execution.start_timeout
     while time.monotonic() < deadline:
         match dispatcher.next(PATIENCE):
