@@ -58,7 +58,7 @@ class BareProcesses:
             here, there = context.Pipe()
             arguments = (config, index, count, shards, niceness, there, barrier)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            with environment(worker_environment(config.threads)):
+            with environment(worker_environment(config)):
                 process.start()
             there.close()
             self._processes.append(process)

@@ -27,7 +27,7 @@ from coordinator.pool import Event, Handle, Order, Pool, Reply
 from coordinator.ray_pool import RayPool
 from coordinator.recorder import Recorder
 from coordinator.run_dir import RunDirectory, RunIdentity
-from coordinator.train import Resources, StopRequest, Trainer
+from coordinator.train import Resources, Start, StopRequest, Trainer
 from coordinator.view import Snapshot
 from metaworker.actor import WorkerActor
 from metaworker.learners import build_learner
@@ -84,9 +84,8 @@ class Fleet:
             hello.fingerprint_detail,
             sample_shape,
         )
-        run = RunDirectory.create(folder / "run")
-        epoch = run.claim_epoch()
-        self._recorder = Recorder(run, epoch, 0, self._state.digest, self._identity.config_digest, 1, True)
+        run = RunDirectory.create(folder / "run", self._identity, config)
+        self._recorder = Recorder(run, run.claim_epoch(), config, self._state)
         info = RunInfo(config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest())
         self._metrics = Metrics(info, regression=False)
 
@@ -97,7 +96,6 @@ class Fleet:
         view = _Watch(target)
         resources = Resources(
             self._config.model_copy(update={"steps": target}),
-            self._identity,
             self._learner,
             self._pool,
             self._dispatcher,
@@ -108,7 +106,9 @@ class Fleet:
         )
         self._pool.spans.clear()
         started = time.perf_counter()  # a trainer publishes when it is made
-        trainer = Trainer(resources, self._state, build_aggregator(self._config.aggregator, start))
+        trainer = Trainer(
+            resources, Start(self._identity, self._state, build_aggregator(self._config.aggregator, start))
+        )
         self._state = trainer.run()
         return Segment(view.reached - started, trainer.progress.episodes, tuple(self._pool.spans))
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever instant the process or the machine dies at."""
+"""Files on disk: whole or absent, whatever instant the process or the machine dies at; and where the cache lies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$METAFLEET_CACHE`` or ``~/.cache/metafleet``.
+
+    Raises:
+        RuntimeError: a user who has no home folder.
+    """
+    return Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
@@ -21,8 +30,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     """
     target = Path(path)
     temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-    # Not tempfile: its files are private to the user, and what is written here obeys the umask like any other file.
-    file = open(temporary, "x+b")  # noqa: SIM115 (closed below, before the rename)
+    try:
+        # Not tempfile: its files are private to the user, and what is written here obeys the umask like any other file.
+        file = open(temporary, "x+b")  # noqa: SIM115 (closed below, before the rename)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         with file:
             write(file)

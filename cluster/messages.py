@@ -13,10 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from cluster.config.sections import BatchNorm
 from cluster.flat import update_digest
-
-BatchNorm = Literal["transductive", "support", "running"]
-"""Where batch statistics come from: the set at hand, the support set, or the running averages in the learner state."""
 
 SplitName = Literal["train", "val", "test", "all"]
 
@@ -102,7 +100,8 @@ class EvaluationTask:
     way: int
     shot: int
     query: int
-    batch_norm: BatchNorm
+    batch_norm: BatchNorm | None
+    """``None`` for a net without batch-norm."""
     base_version: int
     part: int = 0
     attempt: int = 0

@@ -79,10 +79,9 @@ class Metrics:
         info: RunInfo,
         *,
         regression: bool = False,
-        version: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Fresh metrics of a run that starts, or resumes, at ``version``; ``clock`` gives seconds."""
+        """Fresh metrics of a run; ``clock`` gives seconds."""
         self.registry = CollectorRegistry()
         self._clock = clock
         self._checkpoint_at = clock()
@@ -92,7 +91,6 @@ class Metrics:
         self._make_progress("mse" if regression else "accuracy_ratio")
         self._make_execution()
         self._make_workers()
-        self._version.set(version)
 
     # ------------------------------------------------------------------------------------------- what the loop calls
 
@@ -115,6 +113,10 @@ class Metrics:
             self._shards.inc()
             self._shard_weight.inc(weight)
             self._staleness.observe(staleness)
+
+    def version(self, version: int) -> None:
+        """The run is at ``version``."""
+        self._version.set(version)
 
     def commit(self, version: int, loss: float, metric: float, gradient_norm: float) -> None:
         """The outer update that made ``version``; ``metric`` is the accuracy (fraction) or the mean squared error."""

@@ -43,7 +43,13 @@ def refuse_unaffordable(config: RunConfig) -> None:
 
 
 def say_workers(config: RunConfig, workers: int, say: Callable[[str], None]) -> None:
-    """Say so if there are fewer workers than were asked for."""
+    """Say so if there are fewer workers than were asked for, or if they compute with more threads than they reserve."""
     asked = config.execution.workers
     if asked is not None and workers < asked:
         say(f"{asked} workers were asked for, the free resources allow {workers}: going on with {workers}")
+    threads, cpus = config.threads, config.execution.cpus_per_worker
+    if threads > max(1.0, cpus):
+        say(
+            f"each worker computes with {threads} threads and reserves {cpus:g} CPUs, and more threads than cores are "
+            f"slow: give --execution.cpus_per_worker {threads}"
+        )

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import CheckpointError
 from cluster.flat import FlatSpec
 from cluster.messages import Contribution, Published, ShardStatistics
+from coordinator.aggregators.base import Dropped
 from coordinator.meta_state import MetaState
 
-FORMAT = ["metafleet-checkpoint", 1]
+FORMAT = ["metafleet-checkpoint", 2]
 NAME = re.compile(r"v(\d{8,})-e(\d{4,})")
 TENSORS, MANIFEST, BEST = "tensors.safetensors", "manifest.msgpack", "best"
 PARTIALS = ".*.partial"
@@ -44,8 +45,8 @@ class Checkpoint:
     """θ and learner state of the last versions before ``state``'s, oldest first (asynchronous runs)."""
     pending: tuple[tuple[Contribution, bool], ...]
     """Contributions taken and not committed, each with whether it is finite."""
-    outstanding: tuple[int, ...]
-    """Shards handed out and not taken."""
+    dropped: tuple[Dropped, ...]
+    """Contributions dropped since the last commit, for the next log entry."""
     next_id: int
     """The lowest shard id never handed out."""
     config_digest: str
@@ -53,6 +54,13 @@ class Checkpoint:
     """Episodes committed so far."""
     seconds: float
     """Wall time of the run so far."""
+    failures: Mapping[str, int]
+    """How often each kind of failure has happened so far."""
+
+    @staticmethod
+    def of_start(state: MetaState, config_digest: str) -> Checkpoint:
+        """What a run that has none yet would have at its start."""
+        return Checkpoint(state, (), (), (), 0, config_digest, 0, 0.0, {})
 
 
 def name_of(version: int, epoch: int) -> str:
@@ -167,24 +175,26 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def mark_best(path: Path, score: float) -> None:
-    """Name ``path`` the best checkpoint by validation.
+def mark_best(path: Path, score: float, measured: str = "") -> None:
+    """Name ``path`` the best checkpoint by validation, with its score and what that was measured on.
 
     Raises:
         CheckpointError: the disk is full, read-only or gone.
     """
     mark = path.parent / BEST
-    packed: bytes = msgpack.packb([path.name, score])
+    packed: bytes = msgpack.packb([path.name, score, measured])
     try:
         write_bytes_atomically(mark, msgpack.packb([packed, hashlib.sha256(packed).digest()]))
     except OSError as error:
         raise CheckpointError(f"cannot write {mark}: {error.strerror}") from error
 
 
-def best_score(folder: Path) -> float | None:
-    """The validation score of the best checkpoint, if one is marked and there."""
+def best_score(folder: Path, measured: str | None = None) -> float | None:
+    """The validation score of the best checkpoint, if one is marked and there, and was measured on ``measured``."""
     mark = _best_mark(folder)
-    return mark[1] if mark is not None and (folder / mark[0]).is_dir() else None
+    if mark is None or not (folder / mark[0]).is_dir() or measured not in (None, mark[2]):
+        return None
+    return mark[1]
 
 
 def best_of(folder: Path) -> Path | None:
@@ -193,7 +203,7 @@ def best_of(folder: Path) -> Path | None:
     return folder / mark[0] if mark is not None and (folder / mark[0]).is_dir() else None
 
 
-def _best_mark(folder: Path) -> tuple[str, float] | None:
+def _best_mark(folder: Path) -> tuple[str, float, str] | None:
     path = folder / BEST
     if not path.exists():
         return None
@@ -201,8 +211,8 @@ def _best_mark(folder: Path) -> tuple[str, float] | None:
         packed, digest = msgpack.unpackb(path.read_bytes())
         if hashlib.sha256(packed).digest() != digest:
             raise ValueError("it does not match its digest")
-        name, score = msgpack.unpackb(packed)
-        return str(name), float(score)
+        name, score, measured = msgpack.unpackb(packed)
+        return str(name), float(score), str(measured)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove it to go on without the best checkpoint") from error
 
@@ -260,11 +270,12 @@ def _manifest(checkpoint: Checkpoint, epoch: int, tensors: bytes) -> list[Any]:
         "shapes": [list(shape) for shape in checkpoint.state.layout.shapes],
         "recent": [published.version for published in checkpoint.recent],
         "pending": pending,
-        "outstanding": list(checkpoint.outstanding),
+        "dropped": [list(astuple(drop)) for drop in checkpoint.dropped],
         "next_id": checkpoint.next_id,
         "config_digest": checkpoint.config_digest,
         "episodes": checkpoint.episodes,
         "seconds": checkpoint.seconds,
+        "failures": dict(checkpoint.failures),
     }
     packed = msgpack.packb(body)
     return [*FORMAT, packed, hashlib.sha256(packed).digest()]
@@ -312,11 +323,12 @@ def _assemble(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], lay
         state=state,
         recent=tuple(recent),
         pending=tuple(_pending(manifest["pending"], arrays, under)),
-        outstanding=tuple(manifest["outstanding"]),
+        dropped=tuple(Dropped(*drop) for drop in manifest["dropped"]),
         next_id=manifest["next_id"],
         config_digest=manifest["config_digest"],
         episodes=manifest["episodes"],
         seconds=manifest["seconds"],
+        failures=manifest["failures"],
     )
 
 

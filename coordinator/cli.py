@@ -1,7 +1,8 @@
 """The command line: options, help and exit codes; what the commands do is in ``commands``, imported when one runs.
 
 Nothing here may import torch, Ray, Arrow or matplotlib, also not by way of another module: ``--help`` answers within a
-second. Exit codes: 0 done, 2 refused (one line on stderr), 130 interrupted, 1 a defect of Metafleet (with traceback).
+second. Exit codes: 0 done, 2 refused (one line on stderr), 130 and 143 stopped by
+SIGINT and SIGTERM, 1 a defect of Metafleet (with traceback).
 """
 
 from __future__ import annotations
@@ -261,7 +262,7 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
     """
     from coordinator import commands
 
-    _report(as_json, lambda: commands.evaluate(run, as_json=as_json, **request))
+    _report(as_json, lambda: commands.evaluate(run, commands.EvaluationOptions(**request), as_json=as_json))
 
 
 @app.command(short_help="Recompute a run from its log.")
@@ -269,12 +270,13 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
 @click.option(
     "--until", type=click.IntRange(min=0), metavar="VERSION", help="Stop at this version; the last by default."
 )
+@click.option("--store", type=_path, metavar="STORE", help="Where the run's own store is now, if it was moved.")
 @_json
-def replay(run: Path, until: int | None, as_json: bool) -> None:
+def replay(run: Path, until: int | None, store: Path | None, as_json: bool) -> None:
     """Recompute the run in directory RUN from its commit log, in one process, and compare the digests."""
     from coordinator import commands
 
-    _report(as_json, lambda: commands.replay(run, until, as_json=as_json))
+    _report(as_json, lambda: commands.replay(run, until, store, as_json=as_json))
 
 
 @app.group(cls=GroupInOrder, invoke_without_command=True, short_help="Turn a data source into an episode store.")

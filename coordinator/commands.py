@@ -7,6 +7,7 @@ Heavy modules are imported inside the commands: refusals and light commands answ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +25,13 @@ from cluster.config.loading import (
 )
 from cluster.config.overrides import Override
 from cluster.config.run import RunConfig
-from cluster.config.sections import StoreData
+from cluster.config.sections import BatchNorm, StoreData
 from cluster.errors import ConfigError, RunDirectoryError, StoreError
 
 if TYPE_CHECKING:
     from cluster.episodes.ingest_omniglot import Part
     from cluster.episodes.store_header import StoreHeader
-    from cluster.messages import BatchNorm, SplitName
+    from cluster.messages import SplitName
 
 Report = dict[str, Any]
 """Plain data: dicts with text keys, lists, numbers, text, None."""
@@ -59,49 +60,40 @@ def train(recipe: str | None, overrides: Sequence[Override], resume: Path | None
     return train_command(config, resume=resume, as_json=as_json)
 
 
-def evaluate(
-    run: Path,
-    *,
-    store: Path | None,
-    split: SplitName | None,
-    way: int | None,
-    shot: int | None,
-    query: int | None,
-    episodes: int | None,
-    bn: BatchNorm | None,
-    checkpoint: Literal["best", "last"],
-    address: str | None,
-    workers: int | None,
-    as_json: bool,
-) -> Report:
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What ``metafleet evaluate`` was asked for; ``None`` stands for the run's own."""
+
+    store: Path | None = None
+    """Another store."""
+    split: SplitName | None = None
+    """``None`` stands for test, or for all of another store."""
+    way: int | None = None
+    shot: int | None = None
+    query: int | None = None
+    episodes: int | None = None
+    bn: BatchNorm | None = None
+    checkpoint: Literal["best", "last"] = "best"
+    address: str | None = None
+    workers: int | None = None
+
+
+def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:
     """Evaluate a run on a split of its own data (test by default) or on another store (all of it by default)."""
     _check_run(run)
 
     from coordinator.evaluate import evaluate_command
 
-    return evaluate_command(
-        run,
-        store=store,
-        split=split or ("all" if store else "test"),
-        way=way,
-        shot=shot,
-        query=query,
-        episodes=episodes,
-        batch_norm=bn,
-        checkpoint=checkpoint,
-        address=address,
-        workers=workers,
-        as_json=as_json,
-    )
+    return evaluate_command(run, options, as_json=as_json)
 
 
-def replay(run: Path, until: int | None, *, as_json: bool) -> Report:
+def replay(run: Path, until: int | None, store: Path | None, *, as_json: bool) -> Report:
     """Recompute a run from its commit log, up to version ``until`` or its last one."""
     _check_run(run)
 
     from coordinator.replay import replay_command
 
-    return replay_command(run, until=until, as_json=as_json)
+    return replay_command(run, until=until, store=store, as_json=as_json)
 
 
 def inspect(path: Path, sheet: Path | None, *, as_json: bool) -> Report:

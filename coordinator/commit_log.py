@@ -16,6 +16,7 @@ from cluster.durable import fsync_directory, fsync_file
 from cluster.errors import CheckpointError
 from cluster.records import FileKind, RecordWriter, scan
 from coordinator.aggregators.base import Counted, Dropped
+from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.run_dir import RunDirectory
 
 FORMAT = "metafleet-commit-log"
@@ -103,6 +104,15 @@ def read_log(run: RunDirectory) -> list[Entry]:
                 )
             entries.append(entry)
     return entries
+
+
+def log_problem(run: RunDirectory, entries: Sequence[Entry]) -> str | None:
+    """What is missing of a log, if it ends before the run's last checkpoint."""
+    kept = list_checkpoints(run.checkpoints)
+    last = version_of(kept[-1])[0] if kept else 0
+    if last <= len(entries):
+        return None
+    return f"the commit log of {run.path} ends at version {len(entries)}, before its checkpoint of version {last}"
 
 
 def _check_reaches(run: RunDirectory, version: int, digest: str) -> None:

@@ -1,6 +1,6 @@
 """Which worker computes what: bounded orders in flight, reissue of lost ones, second opinions on non-finite replies.
 
-    train loop -> submit_shard / submit_evaluation while there is room
+    train loop -> submit while there is room
     train loop <- next(timeout): one ``Outcome``; what a retry settles never reaches the loop
 
 The dispatcher knows neither Ray nor aggregation. An order goes to the ready worker with the fewest in flight, the
@@ -17,10 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from cluster.errors import ClusterError, PoisonShardError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, WorkerHello
+from cluster.metrics import FailureKind
 from coordinator.pool import Event, Failed, Handle, Order, Pool, Reply, WorkerReady
 
 OrderKey = Order
@@ -28,8 +28,6 @@ OrderKey = Order
 
 START_FAILURES = 3
 """Failed starts in a row, over all slots, after which the run stops."""
-
-FailureKind = Literal["worker_lost", "shard_error", "nonfinite", "duplicate_mismatch"]
 
 
 @dataclass(frozen=True)
@@ -120,11 +118,6 @@ class Dispatcher:
         """Orders that may be submitted now; retries come first."""
         return self._limit * len(self._ready) - self.in_flight - len(self._retries)
 
-    @property
-    def busy(self) -> bool:
-        """Whether any order is unsettled."""
-        return bool(self._work)
-
     def submit(self, order: Order, handle: Handle) -> None:
         """Queue an order on the least loaded worker.
 
@@ -208,7 +201,9 @@ class Dispatcher:
             work.suspect = reply.slot
             self._retry(work)
             return
-        if first is not None and contribution.digest != first.digest:
+        # Bits are compared within one fingerprint class only.
+        same_class = first is not None and contribution.fingerprint == first.fingerprint
+        if first is not None and (contribution.finite or (same_class and contribution.digest != first.digest)):
             verdict = "finite there" if contribution.finite else "other bits"
             message = f"shard {shard}: worker {first.worker} and worker {contribution.worker} differ ({verdict})"
             self._outcomes.append(Failure("duplicate_mismatch", f"{message}; worker {first.worker} is suspect"))

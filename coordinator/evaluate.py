@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from cluster.config.loading import load_resolved
+from cluster.config.loading import load_resolved, with_execution
 from cluster.config.run import RunConfig
-from cluster.config.sections import MLP, FractionSplit, StoreData
+from cluster.config.sections import FractionSplit, StoreData
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
 from cluster.errors import CheckpointError, ConfigError
-from cluster.messages import BatchNorm, SplitName
-from cluster.ray_runtime import ray_cluster
 from coordinator import checkpoint as checkpoints
-from coordinator.capacity import affordable_workers, refuse_unaffordable, say_workers
-from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.capacity import refuse_unaffordable
+from coordinator.commands import EvaluationOptions
+from coordinator.crew import ray_crew
+from coordinator.dispatch import Failure, Joined
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
 from coordinator.replay import check_config, check_source
 from coordinator.report import evaluation_table
-from coordinator.run_dir import RunDirectory
-from coordinator.session import describe_evaluation, first_worker
+from coordinator.run_dir import RunDirectory, RunIdentity
+from coordinator.session import describe_evaluation
 from coordinator.train import check_data
-from metaworker.learners import build_learner, default_batch_norm
+from metaworker.learners import build_learner, check_way, default_batch_norm
 
 
-def evaluate_command(
-    run: Path,
-    *,
-    store: Path | None,
-    split: SplitName,
-    way: int | None,
-    shot: int | None,
-    query: int | None,
-    episodes: int | None,
-    batch_norm: BatchNorm | None,
-    checkpoint: Literal["best", "last"],
-    address: str | None,
-    workers: int | None,
-    as_json: bool,
-) -> dict[str, Any]:
+def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) -> dict[str, Any]:
     """Evaluate a checkpoint.
 
     Raises:
@@ -58,46 +43,39 @@ def evaluate_command(
     directory = RunDirectory.open(run)
     identity, config = directory.identity(), load_resolved(directory.config)
     check_config(directory, identity, config)
-    config = _execution(_data(config, store, split), address, workers)
-    request = _request(config, split, way, shot, query, episodes, batch_norm)
+    request = _request(config, options)
+    # Evaluation may run elsewhere than training did: only what is said now counts.
+    config = with_execution(_data(config, options), address=options.address or "local", workers=options.workers)
     prepare("cpu", threads=1)
     source = open_source(config)
-    if store is None:
-        check_source(identity, source.digest, source.split_digest)
-    elif tuple(source.sample_shape) != tuple(identity.sample_shape):
-        raise CheckpointError(
-            f"{store}: its samples are {_size(source.sample_shape)}, the run was trained on "
-            f"{_size(identity.sample_shape)}: ingest it with the same --size and colours"
-        )
-    source.check(split, request.way, request.shot, request.query)
+    _check_source(identity, source, options.store)
+    source.check(request.split, request.way, request.shot, request.query)
     learner = build_learner(config, source.sample_shape)
-    path, chosen = _choose(directory, checkpoint)
+    path, chosen = _choose(directory, options.checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
     refuse_unaffordable(config)
-    if checkpoint != chosen:
-        print("no validation has named a best checkpoint: evaluating the last one", file=sys.stderr)
-    with ExitStack() as stack:
-        free = stack.enter_context(ray_cluster(config.execution.address))
-        from coordinator.ray_pool import RayPool
-
-        affordable = affordable_workers(config, free)
-        say_workers(config, affordable, lambda text: print(text, file=sys.stderr))
-        pool = RayPool(config, affordable)
-        stack.callback(pool.close)
-        dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
-        _notice(source, first_worker(config, dispatcher))
-        scores = evaluate_now(dispatcher, pool, state.published, request, partial(_notice, source))
-    report = describe_evaluation(config, scores, request, chosen, state.version)
-    report |= {"run": str(run), "store": None if store is None else str(store), "digest": state.digest}
+    if options.checkpoint != chosen:
+        _say("no validation has named a best checkpoint: evaluating the last one")
+    notice = partial(_notice, source)
+    with ray_crew(config, _say) as crew:
+        notice(Joined(crew.first))
+        scores = evaluate_now(crew.dispatcher, crew.pool, state.published, request, notice)
+    report = describe_evaluation(scores, request, chosen, state.version)
+    store = None if options.store is None else str(options.store)
+    report |= {"run": str(run), "store": store, "digest": state.digest}
     if not as_json:
         Console().print(evaluation_table(report))
     return report
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _notice(source: EpisodeSource, outcome: Failure | Joined) -> None:
     """Say what failed; refuse a worker that reads other data."""
     if isinstance(outcome, Failure):
-        print(outcome.message, file=sys.stderr)
+        _say(outcome.message)
     else:
         check_data(source.digest, source.split_digest, outcome.hello)
 
@@ -117,52 +95,46 @@ def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> tuple[Path, L
     return (best, "best") if wanted == "best" and best is not None else (found[-1], "last")
 
 
-def _data(config: RunConfig, store: Path | None, split: SplitName) -> RunConfig:
+def _check_source(identity: RunIdentity, source: EpisodeSource, other: Path | None) -> None:
+    """Refuse data that is neither the run's own nor another store of equal samples."""
+    if other is None:
+        check_source(identity, source.digest, source.split_digest)
+    elif tuple(source.sample_shape) != tuple(identity.sample_shape):
+        raise CheckpointError(
+            f"{other}: its samples are {_size(source.sample_shape)}, the run was trained on "
+            f"{_size(identity.sample_shape)}: ingest it with the same --size and colours"
+        )
+
+
+def _data(config: RunConfig, options: EvaluationOptions) -> RunConfig:
     """The configuration with another store in the place of the run's data."""
-    if store is None:
+    if options.store is None:
         return config
     if config.regression:
-        raise ConfigError(f"--store {store}: recipe {config.name!r} is regression on its own source; leave --store out")
-    execution = config.execution.model_copy(update={"store": str(store.absolute())})
-    data = config.data
-    if split == "all" or not isinstance(data, StoreData):
-        if split != "all":
-            raise ConfigError(
-                f"--split {split} is not defined on another store for data.type {data.type}: use --split all"
-            )
-        data = StoreData(split=FractionSplit(val=0.0, test=0.0))
-    return config.model_copy(update={"data": data, "execution": execution})
-
-
-def _execution(config: RunConfig, address: str | None, workers: int | None) -> RunConfig:
-    """Evaluation may run elsewhere than training did: only what is said now counts."""
-    update = {"address": address or "local", "workers": workers}
-    return config.model_copy(update={"execution": config.execution.model_copy(update=update)})
-
-
-def _request(
-    config: RunConfig,
-    split: SplitName,
-    way: int | None,
-    shot: int | None,
-    query: int | None,
-    episodes: int | None,
-    batch_norm: BatchNorm | None,
-) -> EvaluationRequest:
-    shape = config.evaluation_shape
-    way = way or shape.way
-    if batch_norm is not None and isinstance(config.model, MLP):
-        raise ConfigError(f"--bn {batch_norm}: model {config.model.type} has no batch-norm; leave --bn out")
-    if config.learner.type != "protonet" and way != config.episode.way:
         raise ConfigError(
-            f"--way must be {config.episode.way} for learner {config.learner.type}, whose head has one output a class, "
-            f"got {way}"
+            f"--store {options.store}: recipe {config.name!r} is regression on its own source; leave --store out"
         )
+    data = config.data
+    if options.split in (None, "all"):
+        data = StoreData(split=FractionSplit(val=0.0, test=0.0))
+    elif not isinstance(data, StoreData):
+        raise ConfigError(
+            f"--split {options.split} is not defined on another store for data.type {data.type}: use --split all"
+        )
+    return with_execution(config.model_copy(update={"data": data}), store=str(options.store.absolute()))
+
+
+def _request(config: RunConfig, options: EvaluationOptions) -> EvaluationRequest:
+    shape, batch_norm = config.evaluation_shape, default_batch_norm(config)
+    way = options.way or shape.way
+    if options.bn is not None and batch_norm is None:
+        raise ConfigError(f"--bn {options.bn}: model {config.model.type} has no batch-norm; leave --bn out")
+    check_way(config, way, "--way")
     return EvaluationRequest(
-        split=split,
+        split=options.split or ("all" if options.store else "test"),
         way=way,
-        shot=shot or shape.shot,
-        query=query or shape.query,
-        episodes=episodes or config.evaluation.episodes,
-        batch_norm=batch_norm or default_batch_norm(config),
+        shot=options.shot or shape.shot,
+        query=options.query or shape.query,
+        episodes=options.episodes or config.evaluation.episodes,
+        batch_norm=options.bn or batch_norm,
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cluster.config.run import RunConfig
-from cluster.messages import BatchNorm, EvaluationPart, EvaluationTask, Published, SplitName
+from cluster.config.sections import BatchNorm
+from cluster.messages import EvaluationPart, EvaluationTask, Published, SplitName
 from coordinator.dispatch import Dispatcher, Evaluated, Failure, Joined
 from coordinator.pool import Pool
 from metaworker.learners import default_batch_norm
@@ -28,7 +29,8 @@ class EvaluationRequest:
     shot: int
     query: int
     episodes: int
-    batch_norm: BatchNorm
+    batch_norm: BatchNorm | None
+    """``None`` for a net without batch-norm."""
 
     @staticmethod
     def of(config: RunConfig, split: SplitName, episodes: int) -> EvaluationRequest:

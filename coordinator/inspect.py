@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config.loading import load_resolved
+from cluster.config.loading import RESOLVED_NAME, load_resolved
 from cluster.errors import CheckpointError, MetafleetError
 from coordinator import checkpoint as checkpoints
-from coordinator.commit_log import read_log
+from coordinator.commit_log import log_problem, read_log
 from coordinator.run_dir import RunDirectory
 
 
@@ -60,6 +60,7 @@ def _run(run: RunDirectory) -> dict[str, Any]:
         "checkpoints": [path.name for path in found],
         "best": None if best is None else best.name,
         "best_score": checkpoints.best_score(run.checkpoints),
+        "log_problem": log_problem(run, entries),
         "checkpoint_problems": [problem for problem in map(_problem, found) if problem is not None],
         "config": config.model_dump(mode="json"),
     }
@@ -90,7 +91,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "pending": len(manifest["pending"]),
         "config_digest": manifest["config_digest"],
     }
-    config = path.parent.parent / "config.toml"
+    config = path.parent.parent / RESOLVED_NAME
     if config.exists():
         try:
             report["config"] = load_resolved(config).model_dump(mode="json")

@@ -113,7 +113,7 @@ class InProcessPool:
         if not self._orders:
             return None
         order, published = self._orders.popleft()
-        result = compute(self._worker, published, order)
+        result = self._worker.answer(published, order)
         return Reply(0, order, result, payload_bytes(result))
 
     def replace(self, slot: int) -> None:
@@ -122,13 +122,6 @@ class InProcessPool:
 
     def close(self) -> None:
         """Nothing to stop."""
-
-
-def compute(worker: ShardWorker, published: Published, order: Order) -> Contribution | EvaluationPart:
-    """The worker's answer to an order of either kind."""
-    if isinstance(order, ShardTask):
-        return worker.compute(published, order)
-    return worker.evaluate(published, order)
 
 
 def payload_bytes(result: Contribution | EvaluationPart) -> int:

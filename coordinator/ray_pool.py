@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.config.run import RunConfig
+from cluster.device import WORKSPACE
 from cluster.errors import MetafleetError
 from cluster.messages import Published
 from coordinator.pool import Event, Failed, Handle, Order, Reply, WorkerReady, payload_bytes
@@ -93,7 +94,7 @@ class RayPool:
             num_gpus=execution.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": worker_environment(self._config.threads)},
+            runtime_env={"env_vars": worker_environment(self._config)},
         ).remote(self._config, slot)
         self._actors[slot] = actor
         self._pending[actor.hello.remote()] = _Pending(slot, None)
@@ -125,13 +126,12 @@ class RayPool:
         return Reply(slot, order, result, payload_bytes(result))
 
 
-def worker_environment(threads: int) -> dict[str, str]:
+def worker_environment(config: RunConfig) -> dict[str, str]:
     """Environment of worker processes: threads are configuration, and CUDA's determinism is set before it starts."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    }
+    threads = str(config.threads)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUBLAS_WORKSPACE_CONFIG": WORKSPACE}
+    # Ray would show workers that reserve no GPU all of them.
+    return environment if config.execution.gpus_per_worker > 0 else environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _one_line(error: BaseException) -> str:

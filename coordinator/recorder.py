@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 
+from cluster.config.run import RunConfig
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import CommitLog, Entry
 from coordinator.history import CommitRecord, HistoryWriter, ValidationRecord
+from coordinator.meta_state import MetaState
 from coordinator.run_dir import RunDirectory
 
 
@@ -21,37 +23,28 @@ class Recorder:
     Args:
         run: the run directory, whose lock is held.
         epoch: the epoch this driver claimed.
+        config: the run's configuration.
         start: the version that it goes on from.
-        start_digest: run digest of that version.
-        config_digest: digest of the configuration's result half.
-        keep: checkpoints kept besides the best.
-        higher_is_better: whether validation scores are accuracies.
 
     Raises:
         CheckpointError: here and in every method, the disk is full, read-only or gone.
         RunDirectoryError: in ``checkpoint`` and ``validation``, a later driver has taken over.
     """
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        epoch: int,
-        start: int,
-        start_digest: str,
-        config_digest: str,
-        keep: int,
-        higher_is_better: bool,
-    ) -> None:
+    def __init__(self, run: RunDirectory, epoch: int, config: RunConfig, start: MetaState) -> None:
         self._run = run
         self._epoch = epoch
-        self._keep = keep
-        self._sign = 1.0 if higher_is_better else -1.0
-        self._log = CommitLog(run, epoch, start, start_digest, config_digest)
+        self._keep = config.execution.keep
+        self._sign = -1.0 if config.regression else 1.0
+        self._log = CommitLog(run, epoch, start.version, start.digest, config.result_digest())
         self._history = HistoryWriter(run.history)
-        if start > 0 or epoch > 1:
-            self._history.resume(start)
+        if start.version > 0 or epoch > 1:
+            self._history.resume(start.version)
         checkpoints.sweep(run.checkpoints)
-        self._best = checkpoints.best_score(run.checkpoints)
+        # A resume may validate on other episodes: their scores are not compared with those of before.
+        shape = config.evaluation_shape
+        self._measured = f"{shape.way}/{shape.shot}/{shape.query}/{config.evaluation.val_episodes}"
+        self._best = checkpoints.best_score(run.checkpoints, self._measured)
 
     def commit(self, entry: Entry, record: CommitRecord) -> None:
         """Record a commit, before it is published."""
@@ -76,7 +69,7 @@ class Recorder:
             self._run.check_epoch(self._epoch)
             self._log.sync()
             path, _ = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
-            checkpoints.mark_best(path, record.steps[-1])
+            checkpoints.mark_best(path, record.steps[-1], self._measured)
             checkpoints.prune(self._run.checkpoints, self._keep)
             self._best = record.steps[-1]
         # Last of all: a version that the history has a validation of is not validated again after a crash.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config.loading import load_resolved
+from cluster.config.loading import load_resolved, with_execution
 from cluster.config.run import RunConfig
 from cluster.config.sections import AsyncAggregator
 from cluster.episodes import open_source
@@ -21,11 +21,15 @@ from cluster.errors import CheckpointError, FingerprintError, NumericsError, Run
 from cluster.messages import Contribution, Published, ShardTask
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Counted, Update
-from coordinator.commit_log import Entry, read_log
+from coordinator.commit_log import Entry, log_problem, read_log
 from coordinator.meta_state import MetaState
 from coordinator.outer_optimizer import OuterOptimizer
 from coordinator.run_dir import RunDirectory, RunIdentity
+from metaworker.learners.base import Learner
 from metaworker.shard_worker import ShardWorker
+
+Compute = Callable[[Published, ShardTask], Contribution]
+"""What gives the contribution of a shard to a version."""
 
 REPORT_EVERY = 5.0
 """Seconds between two progress lines."""
@@ -36,16 +40,14 @@ class Replayer:
 
     Args:
         config: the run's configuration.
-        worker: computes the shards.
+        learner: the run's.
         state: the version to start from.
         recent: θ and learner state of the versions before, oldest first.
     """
 
-    def __init__(
-        self, config: RunConfig, worker: ShardWorker, state: MetaState, recent: Iterable[Published] = ()
-    ) -> None:
+    def __init__(self, config: RunConfig, learner: Learner, state: MetaState, recent: Iterable[Published] = ()) -> None:
         self._config = config
-        self._worker = worker
+        self._learner = learner
         self._optimizer = OuterOptimizer(config)
         aggregation = config.aggregator
         bound = aggregation.staleness_bound if isinstance(aggregation, AsyncAggregator) else 0
@@ -58,8 +60,17 @@ class Replayer:
         """θ and learner state of the versions before the current one, oldest first."""
         return tuple(self._recent)
 
-    def apply(self, entry: Entry) -> None:
-        """Recompute one commit.
+    def task(self, counted: Counted) -> ShardTask:
+        """The order that a log line's contribution was the answer to."""
+        episodes = self._config.shard.episodes
+        return ShardTask(counted.shard, counted.shard * episodes, episodes, counted.base_version)
+
+    def holds(self, version: int) -> bool:
+        """Whether contributions to ``version`` can still be recomputed."""
+        return version == self.state.version or any(published.version == version for published in self._recent)
+
+    def apply(self, entry: Entry, compute: Compute) -> None:
+        """Recompute one commit, its contributions by ``compute``.
 
         Raises:
             NumericsError: a contribution or the run digest differs from the log.
@@ -74,29 +85,18 @@ class Replayer:
             aggregator.next_shard()
         update: Any = None
         for counted in entry.counted:
-            update = aggregator.add(self._recompute(counted), self.state.version, finite=counted.weight > 0)
+            contribution = compute(self._base(counted.base_version), self.task(counted))
+            _check(contribution, counted)
+            update = aggregator.add(contribution, self.state.version, finite=counted.weight > 0)
         if not isinstance(update, Update):
             raise CheckpointError(f"version {entry.version} of the log does not hold a whole commit")
         self._recent.append(self.state.published)
-        self.state, _ = self.state.apply(update.gradient, update.proposals, self._worker.learner, self._optimizer)
+        self.state, _ = self.state.apply(update.gradient, update.proposals, self._learner, self._optimizer)
         self.episodes += update.episodes
         if self.state.digest != entry.digest:
             raise NumericsError(
                 f"version {entry.version} gives digest {self.state.digest[:16]}, the log says {entry.digest[:16]}"
             )
-
-    def _recompute(self, counted: Counted) -> Contribution:
-        published = self._base(counted.base_version)
-        episodes = self._config.shard.episodes
-        task = ShardTask(counted.shard, counted.shard * episodes, episodes, counted.base_version)
-        contribution = self._worker.compute(published, task)
-        if contribution.digest != counted.digest:
-            raise NumericsError(
-                f"shard {counted.shard} at version {counted.base_version} gives digest {contribution.digest[:16]}, the "
-                f"log says {counted.digest[:16]}"
-                + ("" if contribution.fingerprint == counted.fingerprint else ": it was computed on other hardware")
-            )
-        return contribution
 
     def _base(self, version: int) -> Published:
         if version == self.state.version:
@@ -107,41 +107,76 @@ class Replayer:
         raise CheckpointError(f"the log uses version {version}, which is older than the staleness bound allows")
 
 
-def replay_run(run: RunDirectory, until: int | None = None) -> tuple[Replayer, Sequence[Entry]]:
-    """Recompute a run from version 0 up to ``until`` (its last logged version when not given).
+def _check(contribution: Contribution, counted: Counted) -> None:
+    if contribution.digest != counted.digest:
+        raise NumericsError(
+            f"shard {counted.shard} at version {counted.base_version} gives digest {contribution.digest[:16]}, the "
+            f"log says {counted.digest[:16]}"
+            + ("" if contribution.fingerprint == counted.fingerprint else ": it was computed on other hardware")
+        )
+
+
+def replay_run(run: RunDirectory, until: int | None = None, store: Path | None = None) -> tuple[Replayer, list[Entry]]:
+    """Recompute a run from version 0.
+
+    Args:
+        run: its directory.
+        until: the last version to recompute; the log's last one when not given.
+        store: where the run's episode store is now, if no longer where it was.
 
     Raises:
-        CheckpointError: the log is damaged, or does not reach ``until``.
+        CheckpointError: the log is damaged or too short, or the data is not the run's.
         RunDirectoryError: the configuration was altered.
         FingerprintError: the run was computed on other hardware.
         NumericsError: what is recomputed differs from the log.
     """
     config = load_resolved(run.config)
-    identity, entries = run.identity(), read_log(run)
+    if store is not None:
+        config = with_execution(config, store=str(store.absolute()))
+    identity, entries = run.identity(), _logged(run, until)
     check_config(run, identity, config)
-    if until is not None and not 0 <= until <= len(entries):
-        raise CheckpointError(f"--until {until} is not in the log of {run.path}: it holds versions 0 … {len(entries)}")
-    entries = entries[:until]
     source = open_source(config)
     check_source(identity, source.digest, source.split_digest)
     worker = ShardWorker(config, source)
-    if worker.fingerprint != identity.fingerprint:
-        raise FingerprintError(
-            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
-            f"{worker.fingerprint_detail}): replay it on the same kind of machine"
-        )
-    replayer = Replayer(config, worker, MetaState.initial(config, worker.learner))
+    _check_fingerprint(run, identity, entries, worker)
+    replayer = Replayer(config, worker.learner, MetaState.initial(config, worker.learner))
     if replayer.state.digest != identity.initial_digest:
         raise NumericsError(
             f"version 0 gives digest {replayer.state.digest[:16]}, the run says {identity.initial_digest[:16]}"
         )
     said = time.monotonic()
     for entry in entries:
-        replayer.apply(entry)
+        replayer.apply(entry, worker.compute)
         if time.monotonic() - said > REPORT_EVERY:
             said = time.monotonic()
             print(f"replayed {entry.version} of {len(entries)} versions, digests agree so far", file=sys.stderr)
     return replayer, entries
+
+
+def _logged(run: RunDirectory, until: int | None) -> list[Entry]:
+    """The log's entries up to ``until``, or all of a log that holds all."""
+    entries = read_log(run)
+    if until is not None and not 0 <= until <= len(entries):
+        raise CheckpointError(f"--until {until} is not in the log of {run.path}: it holds versions 0 … {len(entries)}")
+    problem = log_problem(run, entries)
+    if until is None and problem is not None:
+        raise CheckpointError(f"{problem}: restore the log from a backup, or give --until {len(entries)}")
+    return entries[:until]
+
+
+def _check_fingerprint(run: RunDirectory, identity: RunIdentity, entries: Sequence[Entry], worker: ShardWorker) -> None:
+    if worker.fingerprint != identity.fingerprint:
+        raise FingerprintError(
+            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
+            f"{worker.fingerprint_detail}): replay it on the same kind of machine"
+        )
+    mixed = (e.version for e in entries if any(c.fingerprint != worker.fingerprint for c in e.counted))
+    first = next(mixed, None)
+    if first is not None:
+        raise FingerprintError(
+            f"{run.path} is a mixed run: from version {first} on, workers of other hardware or software took part, and "
+            f"no one machine gives all its bits; versions before are replayed by --until {first - 1}"
+        )
 
 
 def check_config(run: RunDirectory, identity: RunIdentity, config: RunConfig) -> None:
@@ -164,13 +199,13 @@ def check_source(identity: RunIdentity, store_digest: str, split_digest: str) ->
     """
     if (store_digest, split_digest) != (identity.store_digest, identity.split_digest):
         what = "store" if store_digest != identity.store_digest else "split"
-        raise CheckpointError(f"the run was made with another {what} than the one found now: give the same --store")
+        raise CheckpointError(f"the run was made with another {what} than the one found now: give its own --store")
 
 
-def replay_command(run: Path, *, until: int | None, as_json: bool) -> dict[str, Any]:
-    """``metafleet replay``: recompute and compare."""
+def replay_command(run: Path, *, until: int | None, store: Path | None, as_json: bool) -> dict[str, Any]:
+    """``metafleet replay``: recompute and compare; what does not agree is an error."""
     started = time.monotonic()
-    replayer, entries = replay_run(RunDirectory.open(run), until)
+    replayer, entries = replay_run(RunDirectory.open(run), until, store)
     report = {
         "run": str(run),
         "version": replayer.state.version,

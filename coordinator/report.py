@@ -37,9 +37,10 @@ class RunSummary:
     """Wall time of training, all attempts together."""
     episodes: int
     """Episodes committed."""
-    tasks_per_second: float
-    """Episodes a second over this attempt."""
+    tasks_per_second: float | None
+    """Episodes a second over this attempt; ``None`` if it had nothing left to train."""
     workers: int
+    """Workers alive at the end."""
     failures: Mapping[str, int]
     """How often each kind of failure happened; kinds that did not may be absent."""
     checkpoints: Sequence[int]
@@ -48,8 +49,6 @@ class RunSummary:
     """The version of the best checkpoint by validation."""
     mixed: bool = False
     """Whether workers of different hardware took part, which voids the promise of equal bits."""
-    metrics: str | None = None
-    """Address of the Prometheus endpoint, host:port, while it is served."""
     evaluation: Mapping[str, Any] | None = None
     """``EvaluationScores.to_json`` with split, way, shot, query, bn, checkpoint and version."""
 
@@ -104,22 +103,20 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
     checkpoints = ", ".join(map(str, summary.checkpoints)) or "none"
     best = f" (best by validation: {summary.best})" if summary.best is not None else ""
     failures = ", ".join(f"{kind} {count}" for kind, count in summary.failures.items() if count)
+    speed = "–" if summary.tasks_per_second is None else f"{summary.tasks_per_second:,.1f}"
     bits = ["mixed hardware: equal bits are not promised"] if summary.mixed else []
     rows = [
         ("run", summary.run_dir),
         ("learner", f"{summary.learner}, {summary.aggregator}, seed {summary.seed}"),
         ("versions", f"{summary.version:,} of {summary.total:,}, {summary.episodes:,} episodes"),
         ("wall time", format_duration(summary.wall_seconds)),
-        (
-            "speed",
-            f"{summary.tasks_per_second:,.1f} tasks/s with {_workers(summary.workers)}",
-        ),
+        ("speed", f"{speed} tasks/s with {_workers(summary.workers)}"),
         ("failures", failures or "none"),
         ("checkpoints", checkpoints + best),
         ("digest", summary.digest),
         *(("label", line) for line in bits),
     ]
-    return rows if summary.metrics is None else [*rows, ("metrics", f"http://{summary.metrics}/metrics")]
+    return rows
 
 
 def _workers(count: int) -> str:

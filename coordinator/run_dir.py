@@ -6,7 +6,7 @@ lock                      held (flock) by the driver that is alive
 epochs/0001 …             one empty file a driver, created exclusively: the highest epoch is the one that may write
 log/0001.msgpack …        the commit log of each epoch
 checkpoints/v00000200-e0001/   tensors.safetensors, manifest.msgpack
-history.msgpack           metric history; learning_curve.png, adaptation_curve.png, metrics.prom beside it
+history.msgpack           metric history; learning_curve.png, adaptation_curve.png beside it
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import msgpack
 
+from cluster.config.loading import RESOLVED_NAME, save_resolved
+from cluster.config.run import RunConfig
 from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import RunDirectoryError
 
@@ -55,7 +57,7 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.toml"
+        return self.path / RESOLVED_NAME
 
     @property
     def history(self) -> Path:
@@ -72,32 +74,33 @@ class RunDirectory:
         return self.path / "log" / f"{epoch:04d}.msgpack"
 
     @staticmethod
-    def create(path: Path) -> RunDirectory:
-        """Make a new run directory and own it.
+    def create(path: Path, identity: RunIdentity, config: RunConfig) -> RunDirectory:
+        """Make a new run directory, whole or not at all, and own it.
 
         Raises:
             RunDirectoryError: it exists already, or cannot be made.
         """
+        partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+        run = RunDirectory(partial)
         try:
-            path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise RunDirectoryError(
-                f"run directory {path} exists already: choose another --run-dir, or go on with it by --resume {path}"
-            ) from error
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot make run directory {path}: {error.strerror}; choose another --run-dir"
-            ) from error
-        run = RunDirectory(path)
-        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
             for folder in ("epochs", "log", "checkpoints"):
-                (path / folder).mkdir()
-            fsync_directory(path)
-            fsync_directory(path.parent)
+                (partial / folder).mkdir()
+            save_resolved(config, run.config)
+            run._write_identity(identity)
             run.acquire()
-        except (OSError, RunDirectoryError) as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise RunDirectoryError(f"cannot make run directory {path}: {error}; choose another --run-dir") from error
+            if path.exists():
+                raise RunDirectoryError(exists_already(path))
+            os.rename(partial, path)
+            fsync_directory(path.parent)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                why = f"{error.strerror} ({error.filename or path})"
+                raise RunDirectoryError(f"cannot make run directory {path}: {why}; choose another --run-dir") from error
+            raise
+        run.path = path
         return run
 
     @staticmethod
@@ -182,18 +185,21 @@ class RunDirectory:
                 f"another driver (epoch {newest}) has taken over {self.path}: this one (epoch {epoch}) stops"
             )
 
-    def write_identity(self, identity: RunIdentity) -> None:
-        """Record what the run is; once.
+    def save_config(self, config: RunConfig) -> None:
+        """Record the resolved configuration.
 
         Raises:
             RunDirectoryError: it cannot be written.
         """
+        try:
+            save_resolved(config, self.config)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot write {self.config}: {error.strerror}") from error
+
+    def _write_identity(self, identity: RunIdentity) -> None:
         packed: bytes = msgpack.packb(asdict(identity))
         record: bytes = msgpack.packb([*FORMAT, packed, hashlib.sha256(packed).digest()])
-        try:
-            write_bytes_atomically(self.path / IDENTITY, record)
-        except OSError as error:
-            raise RunDirectoryError(f"cannot write {self.path / IDENTITY}: {error.strerror}") from error
+        write_bytes_atomically(self.path / IDENTITY, record)
 
     def identity(self) -> RunIdentity:
         """What the run is.
@@ -213,3 +219,8 @@ class RunDirectory:
             return RunIdentity(**msgpack.unpackb(packed))
         except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
             raise RunDirectoryError(f"{path} is damaged ({error}): restore it from a backup") from error
+
+
+def exists_already(path: Path) -> str:
+    """Why a new run cannot lie there."""
+    return f"run directory {path} exists already: choose another --run-dir, or go on with it by --resume {path}"

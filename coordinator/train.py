@@ -50,6 +50,29 @@ class Progress:
     mixed: bool = False
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a trainer starts from: the beginning, or what an earlier driver left."""
+
+    identity: RunIdentity
+    """The run's, with the fingerprint of the workers of now."""
+    state: MetaState
+    aggregator: Aggregator
+    """At that version."""
+    progress: Progress = field(default_factory=Progress)
+    """Of earlier attempts."""
+    recent: tuple[Published, ...] = ()
+    """θ and learner state of the versions before, oldest first (asynchronous runs)."""
+    dropped: tuple[Dropped, ...] = ()
+    """Contributions dropped since the last commit, which no log entry names yet."""
+    expected: Mapping[int, str] = field(default_factory=dict)
+    """Run digests that versions must have, from the log of an earlier attempt of a synchronous run."""
+    saved: int | None = None
+    """The version of the checkpoint that was read."""
+    unvalidated: bool = False
+    """Whether ``state`` is of a version whose validation an earlier attempt did not finish."""
+
+
 class StopRequest:
     """Set by a signal handler: the loop checkpoints and ends at the next opportunity."""
 
@@ -62,7 +85,6 @@ class Resources:
     """What a trainer works with."""
 
     config: RunConfig
-    identity: RunIdentity
     learner: Learner
     pool: Pool
     dispatcher: Dispatcher
@@ -78,27 +100,17 @@ class Trainer:
 
     Args:
         resources: what it works with.
-        state: the version to start from.
-        aggregator: at that version.
-        recent: θ and learner state of the versions before, oldest first (asynchronous runs).
-        progress: of earlier attempts.
-        expected: run digests that versions must have, from the log of an earlier attempt of a synchronous run.
+        start: where it starts from.
     """
 
-    def __init__(
-        self,
-        resources: Resources,
-        state: MetaState,
-        aggregator: Aggregator,
-        recent: tuple[Published, ...] = (),
-        progress: Progress | None = None,
-        expected: Mapping[int, str] | None = None,
-    ) -> None:
+    def __init__(self, resources: Resources, start: Start) -> None:
         self._r = resources
-        self.state = state
-        self._aggregator = aggregator
-        self.progress = progress or Progress()
-        self._expected = dict(expected or {})
+        self.state = start.state
+        self._aggregator = start.aggregator
+        self.progress = start.progress
+        self._identity = start.identity
+        self._expected = dict(start.expected)
+        self._saved = start.saved
         config = resources.config
         aggregation = config.aggregator
         bound, self._exponent, window = 0, 0.0, config.shards_per_version
@@ -106,9 +118,9 @@ class Trainer:
             bound, self._exponent = aggregation.staleness_bound, aggregation.staleness_exponent
             window = max(window, NONFINITE_WINDOW)
         self._judged: deque[tuple[int, bool]] = deque(maxlen=window)
-        self._recent = deque(recent, maxlen=bound) if bound else deque[Published](maxlen=0)
+        self._recent = deque(start.recent, maxlen=bound) if bound else deque[Published](maxlen=0)
         self._optimizer = OuterOptimizer(config)
-        self._dropped: list[Dropped] = []
+        self._dropped = list(start.dropped)
         self._validations: dict[int, tuple[EvaluationCollector, Checkpoint]] = {}
         self._orders: deque[tuple[EvaluationTask, Handle]] = deque()
         self._last_validation: ValidationRecord | None = None
@@ -116,8 +128,10 @@ class Trainer:
         self._started = resources.clock()
         self._ended: float | None = None
         self._since_start = 0
-        self._fingerprint = resources.identity.fingerprint
         self._handle = self._publish()
+        resources.metrics.version(start.state.version)
+        if start.unvalidated:
+            self._validate()
 
     def run(self) -> MetaState:
         """The main loop; returns the state at the last version, or where a stop request found it."""
@@ -130,7 +144,8 @@ class Trainer:
             self._show()
         self._ended = self._r.clock()
         self._r.dispatcher.forget()
-        self._save()
+        if self.state.version != self._saved:
+            self._save()
         return self.state
 
     def _top_up(self) -> None:
@@ -208,11 +223,11 @@ class Trainer:
         self._r.metrics.commit(state.version, update.loss, update.metric, norm)
         every = config.evaluation.every
         if every and (state.version % every == 0 or state.version == config.steps):
-            self.validate()
+            self._validate()
         if state.version % config.execution.checkpoint_every == 0 and state.version < config.steps:
             self._save()
 
-    def validate(self) -> None:
+    def _validate(self) -> None:
         """Order a validation of the current version; it is computed while the run goes on."""
         request = EvaluationRequest.of(self._r.config, "val", self._r.config.evaluation.val_episodes)
         self._validations[self.state.version] = (EvaluationCollector(request), self._checkpoint())
@@ -231,17 +246,7 @@ class Trainer:
 
     def _welcome(self, hello: WorkerHello) -> None:
         """Check that a worker may take part."""
-        identity = self._r.identity
-        check_data(identity.store_digest, identity.split_digest, hello)
-        if hello.fingerprint == self._fingerprint:
-            return
-        if self._r.config.execution.pool == "strict":
-            raise FingerprintError(
-                f"worker {hello.worker} on {hello.node} computes on other hardware or software than the run "
-                f"({dict(hello.fingerprint_detail)} instead of {dict(identity.fingerprint_detail)}): equal bits cannot "
-                "be promised; use equal nodes, or --execution.pool mixed"
-            )
-        if not self.progress.mixed:
+        if not check_worker(self._r.config, self._identity, hello) and not self.progress.mixed:
             self.progress.mixed = True
             self._r.view.message(
                 "workers of different hardware: the run is labelled mixed, equal bits are not promised"
@@ -267,11 +272,12 @@ class Trainer:
             state=self.state,
             recent=tuple(self._recent),
             pending=tuple(self._aggregator.pending()),
-            outstanding=tuple(self._aggregator.outstanding()),
+            dropped=tuple(self._dropped),
             next_id=self._aggregator.next_id,
-            config_digest=self._r.identity.config_digest,
+            config_digest=self._identity.config_digest,
             episodes=self.progress.episodes,
             seconds=self.seconds,
+            failures=dict(self.progress.failures),
         )
 
     def _save(self) -> None:
@@ -288,9 +294,9 @@ class Trainer:
         return self.progress.seconds + self._elapsed
 
     @property
-    def tasks_per_second(self) -> float:
-        """Episodes committed a second in this attempt."""
-        return self._since_start / max(1e-9, self._elapsed)
+    def tasks_per_second(self) -> float | None:
+        """Episodes committed a second in this attempt; ``None`` if there were none."""
+        return self._since_start / max(1e-9, self._elapsed) if self._since_start else None
 
     @property
     def _elapsed(self) -> float:
@@ -304,7 +310,7 @@ class Trainer:
             gradient_norm=norm,
             episodes=update.episodes,
             seconds=self.seconds,
-            tasks_per_second=self.tasks_per_second,
+            tasks_per_second=self.tasks_per_second or 0.0,
             staleness=update.staleness,
             workers=self._r.dispatcher.workers,
         )
@@ -328,6 +334,25 @@ class Trainer:
                 validation=self._last_validation,
             )
         )
+
+
+def check_worker(config: RunConfig, identity: RunIdentity, hello: WorkerHello) -> bool:
+    """Whether a worker that joins computes the run's bits.
+
+    Raises:
+        MetafleetError: it reads other data.
+        FingerprintError: it is other hardware, in a strict pool.
+    """
+    check_data(identity.store_digest, identity.split_digest, hello)
+    if hello.fingerprint == identity.fingerprint:
+        return True
+    if config.execution.pool == "strict":
+        raise FingerprintError(
+            f"worker {hello.worker} on {hello.node} computes on other hardware or software than the run "
+            f"({dict(hello.fingerprint_detail)} instead of {dict(identity.fingerprint_detail)}): equal bits cannot "
+            "be promised; use equal nodes, or --execution.pool mixed"
+        )
+    return False
 
 
 def check_data(store_digest: str, split_digest: str, hello: WorkerHello) -> None:

@@ -259,6 +259,7 @@ class PlainView:
         self._stream = stream
         self._log_every = log_every
         self._clock = clock
+        self._made = clock()
         self._meter = Meter(0, "accuracy", 0, clock)
         self._due = math.inf
         self._validation: ValidationRecord | None = None
@@ -299,7 +300,7 @@ class PlainView:
         self._write("  ".join([progress, *("".join(fact) for fact in _facts(meter)), *left]))
 
     def _write(self, text: str) -> None:
-        self._stream.write(f"[{format_duration(self._meter.elapsed)}] {text}\n")
+        self._stream.write(f"[{format_duration(self._clock() - self._made)}] {text}\n")
         self._stream.flush()
 
 

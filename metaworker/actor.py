@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
+import torch
+
 from cluster.config.run import RunConfig
 from cluster.episodes import open_source
-from cluster.errors import MetafleetError
+from cluster.errors import ClusterError, MetafleetError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from metaworker.shard_worker import ShardWorker
 
@@ -43,7 +45,19 @@ class WorkerActor:
         )
 
     def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
-        """The answer to an order."""
-        if isinstance(order, ShardTask):
-            return self._worker.compute(published, order)
-        return self._worker.evaluate(published, order)
+        """The answer to an order.
+
+        Raises:
+            ClusterError: out of memory.
+        """
+        try:
+            return self._worker.answer(published, order)
+        except (MemoryError, RuntimeError) as error:
+            # torch's own error for GPUs is a RuntimeError; of the CPU's allocator, only the text tells.
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and "can't allocate memory" not in str(error):
+                raise
+            raise ClusterError(
+                f"out of memory on {self._worker.device}: train anew with a smaller --shard.chunk, or with fewer "
+                f"workers a node or GPU ({str(error).splitlines()[0]})"
+            ) from error

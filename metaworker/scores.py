@@ -184,7 +184,10 @@ def _mean(values: Float64[np.ndarray, "episode step"]) -> Steps:
 
 
 def _ci95(values: Float64[np.ndarray, "episode step"]) -> Steps:
-    return tuple(float(half) for half in 1.96 * values.std(axis=0, ddof=1) / np.sqrt(len(values)))
+    # Infinities of a diverged adaptation have no deviation: their interval is NaN.
+    with np.errstate(invalid="ignore", over="ignore"):
+        deviation = values.std(axis=0, ddof=1)
+    return tuple(float(half) for half in 1.96 * deviation / np.sqrt(len(values)))
 
 
 def _plain(value: float) -> float | None:

@@ -39,7 +39,7 @@ class ShardWorker:
         self.config = config
         self.source = source
         self.slot = slot
-        self.device = prepare(config.device, config.threads)
+        self.device = prepare(config.worker_device, config.threads)
         self.fingerprint_detail = fingerprint_detail(self.device)
         self.fingerprint = fingerprint(self.fingerprint_detail)
         self.learner = build_learner(config, source.sample_shape)
@@ -48,6 +48,12 @@ class ShardWorker:
         self._theta: Tensors = {}
         self._state: Tensors = {}
         self._idle_since = time.perf_counter()
+
+    def answer(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
+        """The answer to an order of either kind."""
+        if isinstance(order, ShardTask):
+            return self.compute(published, order)
+        return self.evaluate(published, order)
 
     def compute(self, published: Published, task: ShardTask) -> Contribution:
         """The contribution of one shard to the version after ``published``."""

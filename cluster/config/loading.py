@@ -93,6 +93,18 @@ def save_resolved(config: RunConfig, path: Path) -> None:
     write_atomically(path, lambda file: _write_text(file, text))
 
 
+def with_execution(config: RunConfig, **fields: Any) -> RunConfig:
+    """The configuration with these fields of its execution section; None stands for a default.
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+    values = config.model_dump(mode="json", exclude_none=True)
+    execution = values["execution"] | fields
+    values["execution"] = {name: value for name, value in execution.items() if value is not None}
+    return _validate(values)
+
+
 def refuse_result_changes(old: RunConfig, new: RunConfig) -> None:
     """ConfigError, naming each key with its old and new value, if ``new`` would change the result half of ``old``."""
     before, after = flatten(old.result_half()), flatten(new.result_half())

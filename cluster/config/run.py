@@ -49,7 +49,7 @@ class RunConfig(Section):
     dtype: Literal["float32"] = "float32"
     """Number format of parameters and gradients."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """Device of the workers; auto takes CUDA where a worker sees a GPU."""
+    """Device of the workers; auto takes CUDA where workers reserve a GPU (execution.gpus_per_worker)."""
     threads: int = Field(default=1, ge=1)
     """Threads each worker computes with; another number gives other bits."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -90,6 +90,10 @@ class RunConfig(Section):
             raise ValueError(f"evaluation.way must be 1 for regression (data.type sinusoid), got {self.evaluation.way}")
         if isinstance(self.schedule, CosineSchedule) and self.schedule.warmup > self.steps:
             raise ValueError(f"schedule.warmup must be at most the {self.steps} steps, got {self.schedule.warmup}")
+        if self.device == "cuda" and self.execution.gpus_per_worker == 0:
+            raise ValueError(
+                "execution.gpus_per_worker must be above 0 for device cuda (1, or 0.25 for four workers a GPU), got 0"
+            )
         if isinstance(self.learner, Reptile):
             samples = self.episode.way * (self.episode.shot + self.episode.query)
             if self.learner.inner_batch > samples:
@@ -112,6 +116,11 @@ class RunConfig(Section):
     def regression(self) -> bool:
         """Whether episodes are regression tasks."""
         return isinstance(self.data, SinusoidData)
+
+    @property
+    def worker_device(self) -> Literal["cpu", "cuda", "auto"]:
+        """The device that a worker computes on: without a reserved GPU that is never a GPU."""
+        return self.device if self.execution.gpus_per_worker > 0 else "cpu"
 
     @property
     def shards_per_version(self) -> int:

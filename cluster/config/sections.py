@@ -129,7 +129,8 @@ class Shard(Section):
 
 # -------------------------------------------------------------------------------------------------------------- models
 
-BatchNormMode = Literal["transductive", "support", "running"]
+BatchNorm = Literal["transductive", "support", "running"]
+"""Where batch statistics come from: the set at hand, the support set, or the running averages in the learner state."""
 
 
 class Conv4Strided(Section):
@@ -138,7 +139,7 @@ class Conv4Strided(Section):
     type: Literal["conv4_strided"] = "conv4_strided"
     channels: int = Field(default=64, ge=1)
     """Channels of every convolution."""
-    batch_norm: BatchNormMode = "transductive"
+    batch_norm: BatchNorm = "transductive"
     """Batch statistics: of the set at hand (transductive), of the support set (support), or running averages."""
 
 
@@ -148,7 +149,7 @@ class Conv4Pool(Section):
     type: Literal["conv4_pool"] = "conv4_pool"
     channels: int = Field(default=64, ge=1)
     """Channels of every convolution."""
-    batch_norm: BatchNormMode = "transductive"
+    batch_norm: BatchNorm = "transductive"
     """Batch statistics: of the set at hand (transductive), of the support set (support), or running averages."""
 
 
@@ -222,7 +223,7 @@ class AsyncAggregator(Section):
     type: Literal["async"] = "async"
     staleness_bound: int = Field(default=8, ge=0)
     """Largest staleness that is applied, versions; older contributions are dropped and counted."""
-    staleness_exponent: float = Field(default=0.5, ge=0)
+    staleness_exponent: float = Field(default=0.5, ge=0, le=10)
     """Exponent a of the weight (1 + staleness)^−a."""
     buffer: int = Field(default=1, ge=1)
     """Contributions a commit."""

@@ -32,6 +32,7 @@ from PIL import Image, features
 
 from cluster import keys
 from cluster.config.sections import MetadataSplit
+from cluster.durable import cache_folder
 from cluster.episodes.glyph_catalogue import MARGIN, Catalogue, Character, catalogue, font_files, open_font, render
 from cluster.episodes.store import ClassTable, EpisodeStore, StoreHeader, write_store
 from cluster.episodes.store_header import header_path
@@ -140,7 +141,7 @@ def glyphs_store(size: int = 28) -> Path:
         StoreError: the disk refuses the store.
     """
     try:
-        folder = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "glyphs"
+        folder = cache_folder() / "glyphs"
     except RuntimeError:
         raise IngestError("there is no home folder to keep the glyphs in: set METAFLEET_CACHE to a folder") from None
     path = folder / f"glyphs-{size}-{_key(size)}.arrow"
@@ -274,8 +275,15 @@ def _key(size: int) -> str:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether the store is there and undamaged.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing of what is in it.
+    """
     try:
         EpisodeStore.open(path)
-    except StoreError:
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from error
         return False
     return True

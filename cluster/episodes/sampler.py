@@ -119,6 +119,10 @@ class StoreSource:
         """Targets are class labels."""
         return False
 
+    def empty(self, split: SplitName) -> bool:
+        """Whether a split has no classes."""
+        return len(self._splits[split]) == 0
+
     def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
         """Refuse episodes that the store cannot give.
 
@@ -127,6 +131,8 @@ class StoreSource:
         """
         if min(way, shot, query) < 1:
             raise SplitError(f"way {way}, shot {shot}, query {query}: all must be at least 1")
+        if self.empty(split):
+            raise SplitError(f"split {split} has no classes: give it some by data.split")
         available = len(self._splits[split]) * self._turns(split)
         if way > available:
             turned = " (rotations included)" if self._turns(split) > 1 else ""

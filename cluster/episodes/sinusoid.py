@@ -50,6 +50,10 @@ class SinusoidSource:
         """Targets are real numbers."""
         return True
 
+    def empty(self, split: SplitName) -> bool:
+        """No split is."""
+        return False
+
     def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
         """Refuse episodes with classes.
 

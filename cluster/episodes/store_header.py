@@ -22,7 +22,7 @@ from typing import Any
 
 import msgpack
 
-from cluster.durable import write_bytes_atomically
+from cluster.durable import cache_folder, write_bytes_atomically
 from cluster.errors import StoreError
 
 MAGIC = "metafleet episode store"
@@ -220,7 +220,7 @@ def _locked_stamp(path: Path) -> Iterator[Path | None]:
     key = hashlib.sha256(f"{socket.gethostname()}\0{os.path.realpath(path)}".encode(errors="surrogateescape"))
     with contextlib.ExitStack() as stack:
         try:
-            cache = Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet") / "verified"
+            cache = cache_folder() / "verified"
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = stack.enter_context(open(cache / f"{key.hexdigest()}.lock", "ab"))
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -83,6 +83,10 @@ class EpisodeSource(Protocol):
         """Whether targets are real numbers instead of class labels."""
         ...
 
+    def empty(self, split: SplitName) -> bool:
+        """Whether a split has nothing to make episodes of."""
+        ...
+
     def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
         """Refuse episodes that this source cannot give.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cluster.config import sections
 from cluster.config.run import RunConfig
-from cluster.messages import BatchNorm
+from cluster.config.sections import BatchNorm
+from cluster.errors import ConfigError
 from metaworker.learners.base import Learner
 from metaworker.learners.maml import MAML
 from metaworker.learners.objective import CLASSIFICATION, REGRESSION
@@ -13,9 +14,27 @@ from metaworker.learners.reptile import Reptile
 from metaworker.models import build_backbone
 
 
-def default_batch_norm(config: RunConfig) -> BatchNorm:
-    """The batch-norm mode that the run was configured with; ``transductive`` for nets without batch-norm."""
-    return "transductive" if isinstance(config.model, sections.MLP) else config.model.batch_norm
+def default_batch_norm(config: RunConfig) -> BatchNorm | None:
+    """The batch-norm mode that the run was configured with; ``None`` for nets without batch-norm."""
+    return None if isinstance(config.model, sections.MLP) else config.model.batch_norm
+
+
+def check_way(config: RunConfig, way: int, key: str) -> None:
+    """Refuse to evaluate with a number of classes that the learner cannot tell apart.
+
+    Args:
+        config: the run's configuration.
+        way: classes of an evaluation's episode.
+        key: where that was said.
+
+    Raises:
+        ConfigError: the learner's head has one output a class, and ``way`` is not training's.
+    """
+    if config.learner.type != "protonet" and way != config.episode.way:
+        raise ConfigError(
+            f"{key} must be {config.episode.way}, as in training, for learner {config.learner.type}, whose head has "
+            f"one output a class, got {way}"
+        )
 
 
 def build_learner(
@@ -31,7 +50,7 @@ def build_learner(
         batch_norm: batch-norm mode of an evaluation, where it differs from training's.
     """
     way = config.episode.way if way is None else way
-    mode = batch_norm or default_batch_norm(config)
+    mode = batch_norm or default_batch_norm(config) or "transductive"
     objective = REGRESSION if config.regression else CLASSIFICATION
     outputs = 1 if config.regression else way
     match config.learner:

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.func import grad
 
 from cluster import keys
+from cluster.config.sections import BatchNorm
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from cluster.messages import BatchNorm
 from metaworker.inner_loop import gradient_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from cluster.messages import BatchNorm
+from cluster.config.sections import BatchNorm
 
 MOMENTUM = 0.05
 """Share of a commit's mean statistics in the new running averages."""

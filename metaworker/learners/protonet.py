@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster import keys
+from cluster.config.sections import BatchNorm
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from cluster.messages import BatchNorm
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective

@@ -54,6 +54,8 @@ def another_value(field: ConfigField, old: Any) -> str:
     """Another valid value as typed."""
     if field.path.endswith(".type"):
         return next(choice for choice in field.allowed.split(" | ") if choice != old)
+    if field.path == "device":
+        return "auto"  # cuda asks for a reserved GPU as well
     annotation = value_type(field.info)
     if get_origin(annotation) is not None and not is_list(annotation):
         return str(next(choice for choice in get_args(annotation) if choice != old))
@@ -343,7 +345,7 @@ def test_sections_that_do_not_fit_together_are_refused(changes: Overrides, expec
         ("optimizer.betas", "0.5,0.75", (0.5, 0.75)),
         ("name", "5", "5"),
         ("name", "none", "none"),
-        ("device", "'cuda'", "cuda"),
+        ("device", "'auto'", "auto"),
         ("execution.run_dir", "runs/a=b", "runs/a=b"),
         ("execution.run_dir", "none", None),
         ("execution.workers", "none", None),

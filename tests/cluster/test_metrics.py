@@ -50,7 +50,8 @@ def contribution(worker: int = 0, episodes: int = 8, peak: int = 1000) -> Contri
 @pytest.fixture(scope="module")
 def metrics_and_address() -> Iterator[tuple[Metrics, str]]:
     """One served run with known events, shared because stopping a server takes half a second."""
-    metrics = Metrics(INFO, version=40, clock=Clock())
+    metrics = Metrics(INFO, clock=Clock())
+    metrics.version(40)
     with closing(metrics):
         host, port = metrics.serve("127.0.0.1", 0)
         yield metrics, f"{host}:{port}"
@@ -166,7 +167,8 @@ def test_checkpoint_age_counts_from_the_last_checkpoint_or_the_start() -> None:
 
 
 def test_what_does_not_exist_yet_is_nan_and_the_version_is_the_resumed_one() -> None:
-    metrics = Metrics(INFO, version=40)
+    metrics = Metrics(INFO)
+    metrics.version(40)
     assert value(metrics, "version") == 40
     for name in ("loss", "accuracy_ratio", "gradient_norm", "validation_accuracy_ratio", "checkpoint_bytes"):
         assert math.isnan(value(metrics, name))  # type: ignore[arg-type]

@@ -37,14 +37,15 @@ from cluster.messages import (
     WorkerHello,
 )
 from cluster.metrics import Metrics, RunInfo
-from coordinator import session
 from coordinator.commit_log import read_log
+from coordinator.crew import Crew
 from coordinator.dispatch import Dispatcher, Joined
 from coordinator.meta_state import MetaState
 from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, WorkerReady
 from coordinator.recorder import Recorder
 from coordinator.replay import Replayer
-from coordinator.run_dir import RunDirectory
+from coordinator.run_dir import RunDirectory, RunIdentity
+from coordinator.start import begin, find, go_on
 from coordinator.train import Resources, StopRequest, Trainer
 from coordinator.view import Snapshot
 from metaworker.learners import build_learner
@@ -301,6 +302,11 @@ class FakePool:
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
+IDENTITY = RunIdentity(
+    "config", "store", "split", "initial", "fingerprint", {"cpu": "model × 3", "torch": "2.9"}, [1, 28, 28]
+)
+"""Of runs that only need a directory."""
+
 TINY = RunConfig(
     name="tiny",
     steps=6,
@@ -397,6 +403,7 @@ def drive(
     resume: bool = False,
     stop_at: int | None = None,
     kill_at: int | None = None,
+    hardware: str | None = None,
 ) -> Driven:
     """Train a run, or go on with one, in this process.
 
@@ -406,6 +413,7 @@ def drive(
         resume: whether an earlier driver was there.
         stop_at: replies after which a stop is requested.
         kill_at: replies after which the driver dies.
+        hardware: what its worker says that it computes on, if not the truth.
     """
     stop, view = StopRequest(), RecordingView()
 
@@ -419,34 +427,36 @@ def drive(
     source = open_source(config)
     learner = build_learner(config, source.sample_shape)
     worker = ShardWorker(config, source)
+    if hardware is not None:
+        worker.fingerprint, worker.fingerprint_detail = hardware, {"cpu": hardware}
     first = WorkerHello(0, 0, "here", source.digest, source.split_digest, worker.fingerprint, worker.fingerprint_detail)
     pool = WatchedPool(InProcessPool(worker, first), watch)
     dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
     assert isinstance(dispatcher.next(1.0), Joined)
     with ExitStack() as stack:
         if resume:
-            left = session._left(config, path, source, learner, stack)
-            run, identity, start = session._on_this_hardware(config, *left, first)
+            found = find(config, path, source, learner, stack)
+            run, start = found.run, go_on(config, learner, found, Crew(pool, dispatcher, first), view.message)
         else:
-            run, identity, start = session._begin(config, path, source, learner, first, stack)
-        digest = config.result_digest()
-        recorder = Recorder(
-            run, run.claim_epoch(), start.state.version, start.state.digest, digest, config.execution.keep, False
-        )
-        metrics = Metrics(RunInfo("tiny", "maml", "", 0, digest), regression=True)
-        resources = Resources(config, identity, learner, pool, dispatcher, recorder, view, metrics, stop)
-        trainer = Trainer(resources, start.state, start.aggregator, start.recent, start.progress, start.expected)
-        if start.unvalidated:
-            trainer.validate()
+            run, start = begin(config, path, source, learner, first, stack)
+        recorder = Recorder(run, run.claim_epoch(), config, start.state)
+        metrics = Metrics(RunInfo("tiny", "maml", "", 0, config.result_digest()), regression=True)
+        resources = Resources(config, learner, pool, dispatcher, recorder, view, metrics, stop)
+        trainer = Trainer(resources, start)
         trainer.run()
         recorder.close()
     return Driven(trainer, start.state.version, view, pool.submitted)
 
 
+def new_run(path: Path) -> RunDirectory:
+    """A run directory as a new run has it."""
+    return RunDirectory.create(path, IDENTITY, TINY)
+
+
 def replayed(config: RunConfig, path: Path) -> Replayer:
     """The run at ``path`` recomputed from its log, every digest compared."""
     worker = ShardWorker(config, open_source(config))
-    replayer = Replayer(config, worker, MetaState.initial(config, worker.learner))
+    replayer = Replayer(config, worker.learner, MetaState.initial(config, worker.learner))
     for entry in read_log(RunDirectory.open(path)):
-        replayer.apply(entry)
+        replayer.apply(entry, worker.compute)
     return replayer

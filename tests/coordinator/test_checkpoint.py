@@ -22,6 +22,7 @@ from cluster.errors import CheckpointError
 from cluster.flat import FlatSpec
 from cluster.messages import Published
 from coordinator import checkpoint as checkpoints
+from coordinator.aggregators.base import Dropped
 from coordinator.checkpoint import MANIFEST, TENSORS, Checkpoint
 from coordinator.meta_state import MetaState
 from tests.coordinator.harness import contribution
@@ -51,7 +52,8 @@ def whole(version: int = 200) -> Checkpoint:
     )
     bad = contribution(17, version - 1, ODD, loss=float("nan"), proposals={"mean": np.array([[np.nan], [2.0]])})
     pending = ((contribution(12, version, ODD[::-1]), True), (bad, False))
-    return Checkpoint(state(version), recent, pending, (13, 15), 18, "config", 6400, 12.5)
+    drops = tuple(Dropped(shard, version - 9, "digest", "too stale") for shard in (13, 15))
+    return Checkpoint(state(version), recent, pending, drops, 18, "config", 6400, 12.5, {"worker_lost": 2})
 
 
 def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
@@ -77,7 +79,7 @@ def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
             other_c.base_version,
             other_c.episodes,
         )
-    for name in ("outstanding", "next_id", "config_digest", "episodes", "seconds"):
+    for name in ("dropped", "next_id", "config_digest", "episodes", "seconds", "failures"):
         assert getattr(a, name) == getattr(b, name)
 
 
@@ -126,7 +128,7 @@ def test_what_is_loaded_is_no_view_of_the_file_s_bytes(tmp_path: Path, monkeypat
 
 
 def test_a_first_checkpoint_has_no_optimizer_state_and_nothing_pending(tmp_path: Path) -> None:
-    saved = Checkpoint(replace(state(0), optimizer={}, state={}), (), (), (), 0, "config", 0, 0.0)
+    saved = Checkpoint(replace(state(0), optimizer={}, state={}), (), (), (), 0, "config", 0, 0.0, {})
     assert_equal_bits(saved, checkpoints.load(checkpoints.save(tmp_path, saved, 1)[0], LAYOUT))
 
 
@@ -277,7 +279,8 @@ def room(limit: int) -> Iterator[None]:
 @pytest.mark.parametrize("limit", [0, 300, 1500])
 def test_a_full_disk_leaves_nothing_behind_and_earlier_checkpoints_whole(tmp_path: Path, limit: int) -> None:
     path, _ = checkpoints.save(tmp_path, whole(100), 1)
-    large = replace(whole(200), outstanding=tuple(range(1000)))  # its manifest is what does not fit into 1500 bytes
+    # Its manifest is what does not fit into 1500 bytes.
+    large = replace(whole(200), dropped=(Dropped(0, 0, "d" * 2000, "late"),))
     assert (path / TENSORS).stat().st_size < 1500
     message = f"cannot write checkpoint {tmp_path}/v00000200-e0001: File too large; earlier checkpoints are whole"
     with room(limit), pytest.raises(CheckpointError, match=message):

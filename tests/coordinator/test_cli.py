@@ -19,6 +19,7 @@ from cluster.config.loading import load_recipe, resolve, save_resolved, shipped_
 from cluster.config.run import RunConfig
 from cluster.errors import ClusterError, ConfigError
 from coordinator.cli import app, main, take_overrides
+from coordinator.commands import EvaluationOptions
 
 HEAVY = {"torch", "torchvision", "ray", "matplotlib", "pyarrow", "jaxtyping", "PIL", "safetensors", "prometheus_client"}
 
@@ -245,27 +246,22 @@ def test_a_folder_that_is_no_run_is_refused(
 
 
 def test_evaluate_hands_over_the_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+    calls: list[tuple[Path, EvaluationOptions, bool]] = []
 
-    def evaluate_command(run: Path, **request: Any) -> dict[str, Any]:
-        calls.append({"run": run, **request})
+    def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) -> dict[str, Any]:
+        calls.append((run, options, as_json))
         return {}
 
     stand_in(monkeypatch, "coordinator.evaluate", evaluate_command)
-    nothing = dict.fromkeys(("store", "way", "shot", "query", "episodes", "batch_norm", "address", "workers"))
     assert main(["evaluate", str(run)]) == 0
     assert main(["evaluate", str(run), "--store", "s", "--json"]) == 0
     shape = "--split val --way 20 --shot 5 --query 3 --episodes 900"
     rest = "--bn support --checkpoint last --address auto --workers 2"
     assert main(["evaluate", str(run), *shape.split(), *rest.split()]) == 0
     assert calls == [
-        {"run": run, **nothing, "split": "test", "checkpoint": "best", "as_json": False},
-        {"run": run, **nothing, "store": Path("s"), "split": "all", "checkpoint": "best", "as_json": True},
-        {
-            "run": run,
-            **{"store": None, "split": "val", "way": 20, "shot": 5, "query": 3, "episodes": 900},
-            **{"batch_norm": "support", "checkpoint": "last", "address": "auto", "workers": 2, "as_json": False},
-        },
+        (run, EvaluationOptions(), False),
+        (run, EvaluationOptions(store=Path("s")), True),
+        (run, EvaluationOptions(None, "val", 20, 5, 3, 900, "support", "last", "auto", 2), False),
     ]
 
 
@@ -277,16 +273,16 @@ def test_evaluate_refuses(capsys: pytest.CaptureFixture[str], run: Path, argv: s
 
 
 def test_replay_hands_over_the_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Path, int | None, bool]] = []
+    calls: list[tuple[Path, int | None, Path | None, bool]] = []
 
-    def replay_command(run: Path, *, until: int | None, as_json: bool) -> dict[str, Any]:
-        calls.append((run, until, as_json))
+    def replay_command(run: Path, *, until: int | None, store: Path | None, as_json: bool) -> dict[str, Any]:
+        calls.append((run, until, store, as_json))
         return {}
 
     stand_in(monkeypatch, "coordinator.replay", replay_command)
     assert main(["replay", str(run)]) == 0
-    assert main(["replay", str(run), "--until", "7", "--json"]) == 0
-    assert calls == [(run, None, False), (run, 7, True)]
+    assert main(["replay", str(run), "--until", "7", "--store", "s", "--json"]) == 0
+    assert calls == [(run, None, None, False), (run, 7, Path("s"), True)]
 
 
 def test_inspect_tells_runs_and_checkpoints_from_stores(

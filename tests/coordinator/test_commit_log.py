@@ -14,6 +14,7 @@ from cluster.records import RecordWriter
 from coordinator.aggregators.base import Counted, Dropped
 from coordinator.commit_log import FORMAT, SCHEMA, CommitLog, Entry, read_log
 from coordinator.run_dir import RunDirectory
+from tests.coordinator.harness import new_run
 
 
 def entry(version: int, by: int = 1) -> Entry:
@@ -38,7 +39,7 @@ def heads(run: RunDirectory) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "run")
+    return new_run(tmp_path / "run")
 
 
 def test_what_was_logged_is_read_back(run: RunDirectory) -> None:

@@ -108,7 +108,7 @@ def test_at_most_so_many_orders_are_in_flight(workers: int, limit: int) -> None:
     for number in range(total):
         assert (dispatcher.room, dispatcher.in_flight) == (total - number, number)
         submit(dispatcher, shard(number))
-    assert dispatcher.room == 0 and dispatcher.busy
+    assert dispatcher.room == 0 and dispatcher._work
     with pytest.raises(ValueError, match="no worker has room"):
         submit(dispatcher, shard(99))
     pool.reply(workers - 1)
@@ -142,7 +142,7 @@ def test_replies_become_outcomes_in_the_order_of_completion_with_time_and_size()
         (1, True, 2.5, 20),
         (0, True, 3.5, 20),
     ]
-    assert not dispatcher.busy
+    assert not dispatcher._work
 
 
 # --------------------------------------------------------------------------------------------------------- lost workers
@@ -199,7 +199,7 @@ def test_what_a_lost_worker_still_sends_is_ignored_also_when_its_slot_has_a_new_
     for _ in range(2):
         pool.reply(0)
     assert accepted(drain(dispatcher, pool)) == [1, 0]
-    assert not dispatcher.busy
+    assert not dispatcher._work
 
 
 def test_only_what_was_being_computed_is_blamed_for_the_death_of_a_worker() -> None:
@@ -233,7 +233,7 @@ def test_a_worker_that_dies_unnoticed_loses_what_it_is_sent_as_well() -> None:
     for _ in range(3):
         pool.reply(1)
         drain(dispatcher, pool)
-    assert not dispatcher.busy and pool.replaced == [0]
+    assert not dispatcher._work and pool.replaced == [0]
 
 
 def test_reissued_orders_wait_for_room_and_go_before_new_ones() -> None:
@@ -358,11 +358,11 @@ def test_a_non_finite_shard_is_computed_again_elsewhere_and_the_same_bits_settle
     reply_bad(pool, 0)
     outcomes = drain(dispatcher, pool)
     assert outcomes == [Failure("nonfinite", "shard 0 from worker 0 is not finite: asked again")]
-    assert pool.orders(1) == [replace(shard(0), attempt=1)] and dispatcher.busy
+    assert pool.orders(1) == [replace(shard(0), attempt=1)] and dispatcher._work
     reply_bad(pool, 1)
     (outcome,) = drain(dispatcher, pool)
     assert isinstance(outcome, Accepted) and not outcome.finite and outcome.contribution.worker == 1
-    assert not dispatcher.busy
+    assert not dispatcher._work
 
 
 def test_a_finite_second_opinion_is_used_and_the_first_worker_suspected() -> None:
@@ -386,6 +386,17 @@ def test_other_non_finite_bits_are_reported_and_have_no_weight() -> None:
     reply_bad(pool, 1, float("inf"))
     failure, outcome = drain(dispatcher, pool)
     assert isinstance(failure, Failure) and failure.kind == "duplicate_mismatch" and "other bits" in failure.message
+    assert isinstance(outcome, Accepted) and not outcome.finite
+
+
+def test_bits_of_other_hardware_are_no_mismatch() -> None:
+    dispatcher, pool = started(2)
+    submit(dispatcher, shard(0))
+    reply_bad(pool, 0)
+    drain(dispatcher, pool)
+    other = replace(contribution(0, gradient=(float("nan"), 0.0, 0.0), attempt=1, worker=1), fingerprint="other")
+    pool.reply(1, replace(other, digest=other.content_digest()))
+    (outcome,) = drain(dispatcher, pool)
     assert isinstance(outcome, Accepted) and not outcome.finite
 
 
@@ -524,7 +535,7 @@ def test_what_is_forgotten_never_comes_back_but_occupies_its_worker_until_it_is_
     assert kinds([dispatcher.next(1.0)]) == ["shard_error"]  # type: ignore[list-item]
     assert pool.orders(2) == [shard(2), replace(shard(0), attempt=1)]
     dispatcher.forget()
-    assert (dispatcher.busy, dispatcher.in_flight, dispatcher.room) == (False, 5, 1)
+    assert (dispatcher._work, dispatcher.in_flight, dispatcher.room) == ({}, 5, 1)
     pool.error(0)
     pool.reply(2)
     reply_bad(pool, 2)
@@ -563,7 +574,7 @@ def test_a_forgotten_attempt_settles_nothing_when_its_order_is_given_again() -> 
     submit(dispatcher, shard(0))
     assert pool.orders(0) == [shard(0)]
     pool.reply(1)
-    assert drain(dispatcher, pool) == [] and dispatcher.busy
+    assert drain(dispatcher, pool) == [] and dispatcher._work
     pool.reply(0)
     (outcome,) = drain(dispatcher, pool)
     assert isinstance(outcome, Accepted) and outcome.contribution.attempt == 0
@@ -721,7 +732,7 @@ def test_any_schedule_of_replies_deaths_and_delays_gives_the_same_synchronous_ru
     assert simulation.happened["Accepted"] == VERSIONS * SHARDS
     assert simulation.happened["worker_lost"] == len(simulation.pool.replaced)
     assert simulation.happened["nonfinite"] >= len(nonfinite)
-    assert not simulation.dispatcher.busy
+    assert not simulation.dispatcher._work
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -37,8 +37,8 @@ def test_the_orders_cover_every_episode_once(episodes: int, version: int) -> Non
 
 def test_the_configured_evaluation() -> None:
     config = TINY.model_copy(update={"evaluation": Evaluation(shot=7, val_episodes=50)})
-    assert EvaluationRequest.of(config, "val", 50) == EvaluationRequest("val", 1, 7, 3, 50, "transductive")
-    assert default_batch_norm(config) == "transductive"
+    assert EvaluationRequest.of(config, "val", 50) == EvaluationRequest("val", 1, 7, 3, 50, None)
+    assert default_batch_norm(config) is None
     running = config.model_copy(update={"data": GlyphsData(), "model": Conv4Strided(batch_norm="running")})
     assert default_batch_norm(running) == "running"
 
@@ -96,7 +96,7 @@ def test_a_whole_evaluation_survives_its_workers(workers: int, monkeypatch: pyte
     scores = evaluate_now(dispatcher, pool, PUBLISHED, request(95), noticed.append)
     assert scores == combine([answer(0, order) for order in request(95).orders(4)])  # type: ignore[misc]
     assert pool.faults == ["die", "fail", "die"]
-    assert not dispatcher.busy
+    assert not dispatcher._work
     assert [o.kind if isinstance(o, Failure) else "joined" for o in noticed] == [
         *("worker_lost", "joined", "shard_error", "worker_lost", "joined")
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config.run import RunConfig
 from cluster.errors import RunDirectoryError
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
@@ -18,13 +19,13 @@ from coordinator.meta_state import MetaState
 from coordinator.recorder import Recorder
 from coordinator.run_dir import RunDirectory
 from metaworker.learners import build_learner
-from tests.coordinator.harness import TINY
+from tests.coordinator.harness import TINY, new_run
 
 INITIAL = MetaState.initial(TINY, build_learner(TINY, (1,)))
 
 
 def at(version: int) -> Checkpoint:
-    return Checkpoint(replace(INITIAL, version=version), (), (), (), 0, "config", 10 * version, 0.1 * version)
+    return Checkpoint(replace(INITIAL, version=version), (), (), (), 0, "config", 10 * version, 0.1 * version, {})
 
 
 def entry(version: int) -> Entry:
@@ -41,11 +42,18 @@ def validation(version: int, score: float) -> ValidationRecord:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "run")
+    return new_run(tmp_path / "run")
 
 
-def recorder(run: RunDirectory, start: int = 0, *, keep: int = 2, higher: bool = True) -> Recorder:
-    return Recorder(run, run.claim_epoch(), start, at(start).state.digest, "config", keep, higher)
+def recorder(
+    run: RunDirectory, start: int = 0, *, keep: int = 2, higher: bool = True, val_episodes: int = 200
+) -> Recorder:
+    config = RunConfig() if higher else TINY
+    update = {
+        "execution": config.execution.model_copy(update={"keep": keep}),
+        "evaluation": config.evaluation.model_copy(update={"val_episodes": val_episodes}),
+    }
+    return Recorder(run, run.claim_epoch(), config.model_copy(update=update), at(start).state)
 
 
 def kept(run: RunDirectory) -> list[int]:
@@ -131,13 +139,23 @@ def test_the_best_survives_a_resume(run: RunDirectory) -> None:
     assert checkpoints.best_score(run.checkpoints) == 0.75 and best(run) == 3
 
 
+def test_scores_of_other_validation_episodes_are_not_compared(run: RunDirectory) -> None:
+    writing = recorder(run)
+    writing.commit(entry(1), record(1))
+    writing.validation(validation(1, 0.7), at(1))
+    writing.close()
+    writing = recorder(run, start=1, val_episodes=1000)
+    writing.commit(entry(2), record(2))
+    assert writing.validation(validation(2, 0.6), at(2)) and best(run) == 2
+
+
 def test_a_version_is_only_validated_for_the_history_when_its_checkpoint_is_kept(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writing = recorder(run)
     writing.commit(entry(1), record(1))
 
-    def killed(path: Path, score: float) -> None:
+    def killed(path: Path, score: float, measured: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "mark_best", killed)

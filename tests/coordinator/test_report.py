@@ -34,7 +34,6 @@ SUMMARY = RunSummary(
     failures={"worker_lost": 1, "stale": 0, "nonfinite": 2},
     checkpoints=[1600, 1800, 1990],
     best=1500,
-    metrics="127.0.0.1:41233",
     evaluation=EVALUATION,
 )
 
@@ -55,14 +54,11 @@ def test_the_table_shows_what_a_run_ended_with() -> None:
     assert rows["failures"] == "worker_lost 1, nonfinite 2"
     assert rows["checkpoints"] == "1600, 1800, 1990 (best by validation: 1500)"
     assert rows["digest"] == SUMMARY.digest
-    assert rows["metrics"] == "http://127.0.0.1:41233/metrics"
     assert "mixed" not in shown(results_table(SUMMARY))
 
 
 def test_the_table_says_what_did_not_happen_too() -> None:
-    bare = dataclasses.replace(
-        SUMMARY, failures={}, checkpoints=[], best=None, metrics=None, evaluation=None, workers=1, mixed=True
-    )
+    bare = dataclasses.replace(SUMMARY, failures={}, checkpoints=[], best=None, evaluation=None, workers=1, mixed=True)
     text = shown(results_table(bare))
     assert "failures     none" in text
     assert "checkpoints  none" in text

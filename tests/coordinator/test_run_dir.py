@@ -14,20 +14,19 @@ from pathlib import Path
 import msgpack
 import pytest
 
+from cluster.config.loading import load_resolved
 from cluster.errors import RunDirectoryError
 from coordinator.run_dir import FORMAT, LARGEST_HEADER, RunDirectory, RunIdentity
+from tests.coordinator.harness import IDENTITY, TINY, new_run
 
 ROOT = Path(__file__).parents[2]
-IDENTITY = RunIdentity(
-    "config", "store", "split", "initial", "fingerprint", {"cpu": "model × 3", "torch": "2.9"}, [1, 28, 28]
-)
-
 OWNER = """
 import sys, time
 from pathlib import Path
 from coordinator.run_dir import RunDirectory
+from tests.coordinator.harness import new_run
 
-run = RunDirectory.create(Path(sys.argv[1])) if sys.argv[2] == "create" else RunDirectory(Path(sys.argv[1]))
+run = new_run(Path(sys.argv[1])) if sys.argv[2] == "create" else RunDirectory(Path(sys.argv[1]))
 if sys.argv[2] == "acquire":
     run.acquire()
 print("mine", flush=True)
@@ -55,8 +54,8 @@ def owner(path: Path, how: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_new_run_has_its_folders_and_its_owner(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "deep" / "er" / "run")
-    assert sorted(os.listdir(run.path)) == ["checkpoints", "epochs", "lock", "log"]
+    run = new_run(tmp_path / "deep" / "er" / "run")
+    assert sorted(os.listdir(run.path)) == ["checkpoints", "config.toml", "epochs", "lock", "log", "run.msgpack"]
     assert (run.log(3), run.checkpoints) == (run.path / "log" / "0003.msgpack", run.path / "checkpoints")
     assert (run.config.name, run.history.name) == ("config.toml", "history.msgpack")
     with pytest.raises(RunDirectoryError, match="is in use by a living run"):
@@ -72,7 +71,7 @@ def test_a_directory_that_exists_is_refused_and_left_alone(tmp_path: Path) -> No
             path.write_text("mine")
         before = sorted(os.listdir(tmp_path))
         with pytest.raises(RunDirectoryError, match=rf"{path} exists already: choose another .*--resume {path}"):
-            RunDirectory.create(path)
+            new_run(path)
         assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -80,8 +79,10 @@ def test_a_directory_that_cannot_be_made_is_an_error_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirectoryError, match=r"cannot make run directory .*: Not a directory; choose another"):
-        RunDirectory.create(tmp_path / "file" / "run")
+    with pytest.raises(
+        RunDirectoryError, match=r"cannot make run directory .*: File exists \(.*/file\); choose another"
+    ):
+        new_run(tmp_path / "file" / "run")
     real = os.mkdir
 
     def full(path: object, *args: object) -> None:
@@ -91,8 +92,18 @@ def test_a_directory_that_cannot_be_made_is_an_error_and_nothing_is_left(
 
     monkeypatch.setattr(os, "mkdir", full)
     with pytest.raises(RunDirectoryError, match=r"cannot make run directory .*No space left on device"):
-        RunDirectory.create(tmp_path / "run")
+        new_run(tmp_path / "run")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_driver_that_ends_while_it_makes_a_run_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(run: RunDirectory, identity: RunIdentity) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(RunDirectory, "_write_identity", stopped)
+    with pytest.raises(SystemExit):
+        new_run(tmp_path / "run")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_of_a_living_process_is_refused_and_a_killed_one_s_is_free(tmp_path: Path) -> None:
@@ -111,7 +122,7 @@ def test_a_run_of_a_living_process_is_refused_and_a_killed_one_s_is_free(tmp_pat
 
 
 def test_a_refused_owner_keeps_no_file_open(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     before = len(os.listdir("/proc/self/fd"))
     other = RunDirectory(run.path)
     for _ in range(5):
@@ -129,8 +140,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "gone"):
         with pytest.raises(RunDirectoryError, match=r"is no run directory: it has no run.msgpack; give the folder"):
             RunDirectory.open(path)
-    run = RunDirectory.create(tmp_path / "run")
-    run.write_identity(IDENTITY)
+    run = new_run(tmp_path / "run")
     assert RunDirectory.open(run.path).path == run.path
 
 
@@ -138,7 +148,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_epochs_count_up_and_only_the_last_one_may_write(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     assert run.epochs() == []
     assert [run.claim_epoch() for _ in range(3)] == [1, 2, 3]
     (run.path / "epochs" / "notes").touch()
@@ -153,7 +163,7 @@ def test_epochs_count_up_and_only_the_last_one_may_write(tmp_path: Path) -> None
 
 
 def test_of_two_drivers_that_claim_at_once_one_gets_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunDirectory.create(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     run.claim_epoch()
     monkeypatch.setattr(RunDirectory, "epochs", lambda self: [])
     with pytest.raises(RunDirectoryError, match="another driver has just claimed epoch 1"):
@@ -161,7 +171,7 @@ def test_of_two_drivers_that_claim_at_once_one_gets_the_epoch(tmp_path: Path, mo
 
 
 def test_a_directory_that_is_gone_stops_its_writer(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
+    run = new_run(tmp_path / "run")
     epoch = run.claim_epoch()
     run.path.rename(tmp_path / "away")
     for call in (lambda: run.check_epoch(epoch), run.claim_epoch, run.epochs):
@@ -173,24 +183,20 @@ def test_a_directory_that_is_gone_stops_its_writer(tmp_path: Path) -> None:
 
 
 def test_the_identity_comes_back(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
-    run.write_identity(IDENTITY)
+    run = new_run(tmp_path / "run")
     assert run.identity() == IDENTITY
-    with pytest.raises(RunDirectoryError, match=r"cannot write .*run.msgpack: No such file"):
-        RunDirectory(tmp_path / "gone").write_identity(IDENTITY)
+    assert load_resolved(run.config) == TINY
 
 
 def test_every_part_of_the_identity_is_kept(tmp_path: Path) -> None:
     for number, field in enumerate(fields(RunIdentity)):
-        run = RunDirectory.create(tmp_path / str(number))
         other = replace(IDENTITY, **{field.name: {"cpu": "other"} if field.name == "fingerprint_detail" else "other"})
-        run.write_identity(other)
+        run = RunDirectory.create(tmp_path / str(number), other, TINY)
         assert run.identity() == other != IDENTITY
 
 
 def test_any_damage_to_the_identity_is_refused(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run")
-    run.write_identity(IDENTITY)
+    run = new_run(tmp_path / "run")
     path = run.path / "run.msgpack"
     data = path.read_bytes()
     damaged = [data[:at] for at in range(len(data))]

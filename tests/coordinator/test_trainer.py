@@ -29,13 +29,14 @@ from cluster.config.sections import (
     SyncAggregator,
 )
 from cluster.episodes import open_source
-from cluster.errors import CheckpointError, NumericsError
+from cluster.errors import CheckpointError, FingerprintError, NumericsError
 from cluster.messages import EvaluationTask, ShardTask
 from coordinator import checkpoint as checkpoints
 from coordinator.commit_log import Entry, read_log
 from coordinator.history import read_history
 from coordinator.meta_state import MetaState
 from coordinator.outer_optimizer import OuterOptimizer
+from coordinator.replay import replay_run
 from coordinator.run_dir import RunDirectory
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context
@@ -190,9 +191,11 @@ def test_a_stopped_run_goes_on(
     if kind == "sync":
         assert resumed.digest == undisturbed(config) and used == list(range(18))
     else:
-        # What was in flight comes first, and with it what was dropped and not logged before the next commit.
-        lost = {*stopped.trainer._aggregator.outstanding(), *(line.shard for line in stopped.trainer._dropped)}
+        # What was in flight comes first; what was dropped since the last commit is in the next one's log entry.
+        lost, dropped = stopped.trainer._aggregator.outstanding(), stopped.trainer._dropped
         assert computed[: len(lost)] == sorted(lost)
+        assert entries[version].dropped[: len(dropped)] == tuple(dropped)
+        assert not {drop.shard for drop in dropped} & {*computed, *used}
 
 
 @pytest.mark.parametrize("kind", ["sync", "buffered"])
@@ -255,11 +258,67 @@ def test_a_resumed_synchronous_run_must_come_to_the_digests_that_were_logged(
         drive(config, path, resume=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_hardware_must_be_asked_for_and_recomputes_no_foreign_bits(tmp_path: Path, kind: str) -> None:
+    steps = 20 if kind == "async" else 12
+    config, path = tiny(KINDS[kind], steps=steps), tmp_path / "run"
+    asked = config.model_copy(
+        update={"execution": config.execution.model_copy(update={"other_hardware": True, "in_flight": 1})}
+    )
+    with pytest.raises(Killed):
+        drive(config, path, kill_at=16)
+    with pytest.raises(FingerprintError, match=r"was computed on other hardware .* add --execution.other_hardware"):
+        drive(config, path, resume=True, hardware="B")
+    with pytest.raises(Killed):
+        drive(asked, path, resume=True, hardware="B", kill_at=10)
+    # Back where the run began: what follows the last checkpoint is of the other hardware now.
+    entries = log(path)
+    saved = checkpoints.version_of(checkpoints.list_checkpoints(path / "checkpoints")[-1])[0]
+    assert len(entries) > saved > 0
+    if kind == "sync":
+        driven = drive(config, path, resume=True)
+    else:
+        with pytest.raises(
+            FingerprintError, match=rf"versions {saved + 1}–{len(entries)} .* in its log alone and were"
+        ):
+            drive(config, path, resume=True)
+        driven = drive(asked, path, resume=True)
+        assert any("are left out" in message for message in driven.view.messages)
+    assert driven.start == saved and driven.trainer.progress.mixed
+    entries = log(path)
+    used = [line.shard for entry in entries for line in entry.counted]
+    assert [entry.version for entry in entries] == list(range(1, steps + 1)) and len(set(used)) == len(used)
+    first = next(e.version for e in entries if any(c.fingerprint == "B" for c in e.counted))
+    with pytest.raises(FingerprintError, match=rf"is a mixed run: from version {first} on.*--until {first - 1}"):
+        replay_run(RunDirectory.open(path))
+    replay_run(RunDirectory.open(path), first - 1)
+
+
+def test_a_log_that_ends_before_the_last_checkpoint_is_no_replay(tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "run"
+    drive(config, path)
+    assert replay_run(RunDirectory.open(path))[0].state.version == 6
+    RunDirectory(path).log(1).unlink()
+    with pytest.raises(CheckpointError, match=r"ends at version 0, before its checkpoint of version 6: restore"):
+        replay_run(RunDirectory.open(path))
+
+
+def test_what_happened_before_a_stop_is_still_told_after_it(tmp_path: Path) -> None:
+    config, path = tiny(ASYNC), tmp_path / "run"
+    before = drive(config, path, stop_at=12).trainer.progress.failures["stale"]
+    assert before > 0
+    after = drive(config, path, resume=True).trainer.progress.failures["stale"]
+    assert after >= before and after >= sum(len(entry.dropped) for entry in log(path))
+
+
 def test_a_run_that_is_over_stays_as_it_is(tmp_path: Path) -> None:
     config, path = tiny(), tmp_path / "run"
     digest = drive(config, path).digest
+    before = sorted(path.rglob("v*/*"))
     again = drive(config, path, resume=True)
     assert (again.digest, again.start, list(again.submitted)) == (digest, 6, [])
+    assert again.trainer.tasks_per_second is None
+    assert sorted(path.rglob("v*/*")) == before
     assert replayed(config, path).state.digest == digest
 
 
@@ -409,5 +468,5 @@ def test_a_stop_request_is_carried_out_at_the_next_reply(tmp_path: Path) -> None
     assert stopped.trainer.state.version == 1
     (path,) = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
     saved = checkpoints.load(path, stopped.trainer.state.layout)
-    assert ([c.shard for c, _ in saved.pending], saved.outstanding, saved.next_id) == ([3], (4, 5), 6)
+    assert ([c.shard for c, _ in saved.pending], saved.next_id) == ([3], 6)
     assert replace(saved, seconds=0.0).config_digest == tiny().result_digest()

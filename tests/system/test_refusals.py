@@ -132,7 +132,7 @@ def test_a_port_that_is_taken(refused: Refused) -> None:
     ("argv", "why"),
     [
         (("--episode.way", 80), ["80", "72 classes"]),
-        (("--evaluation.way", 4), ["evaluation.way must be episode.way = 5", "got 4"]),
+        (("--evaluation.way", 4), ["evaluation.way must be 5, as in training", "got 4"]),
         (("--episode.way", 7), ["way 7", "6 classes of split val"]),
         (("--episode.query", 6), ["7", "6 samples"]),
         (("--evaluation.query", 9), ["10", "6 samples"]),
@@ -185,7 +185,7 @@ def test_another_store_for_the_same_run(refused: Refused, copy: Path, coloured: 
 
 
 def test_evaluations_that_cannot_be(refused: Refused, copy: Path) -> None:
-    assert "--way must be 5 for learner maml" in refused("evaluate", copy, "--way", 6)
+    assert "--way must be 5, as in training, for learner maml" in refused("evaluate", copy, "--way", 6)
     assert "6 samples" in refused("evaluate", copy, "--query", 60)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from coordinator.history import read_history
-from tests.system.conftest import CLUSTER_CPUS, STEPS, Pictures, Undisturbed
+from tests.system.conftest import CLUSTER_CPUS, SMALL, STEPS, Pictures, Undisturbed
 from tests.system.driving import Finished, entries_of
 
 pytestmark = pytest.mark.ray
@@ -93,3 +94,25 @@ def test_own_pictures_are_trained_on_and_evaluated(
     assert [other[name] for name in ("split", "way", "shot", "query", "episodes", "bn", "checkpoint", "store")] == [
         *("all", 5, 2, 1, 30, "support", "last", str(own_pictures.store))
     ]
+
+
+def test_a_run_without_held_out_classes_whose_store_moves(
+    own_pictures: Pictures, here: Callable[..., Finished], cluster: str, tmp_path: Path
+) -> None:
+    for suffix in ("", ".header"):
+        shutil.copy(f"{own_pictures.store}{suffix}", tmp_path / f"store.arrow{suffix}")
+    none = ("--data.split.val", 0, "--data.split.test", 0, "--evaluation.every", 0, "--steps", 4)
+    argv = ("omniglot-maml", "--store", "store.arrow", *SMALL, "--data.split.type", "fractions", *none)
+    trained = here("train", *argv, "--run-dir", "run", "--address", cluster, "--workers", 1, "--json")
+    assert trained.report["evaluation"] is None and "split test has no classes" in trained.err
+    (tmp_path / "elsewhere").mkdir()
+    for suffix in ("", ".header"):
+        (tmp_path / f"store.arrow{suffix}").rename(tmp_path / "elsewhere" / f"store.arrow{suffix}")
+    assert "no such episode store" in here("replay", "run").error
+    replayed = here("replay", "run", "--store", "elsewhere/store.arrow", "--json").report
+    assert replayed["digest"] == trained.report["digest"]
+    resumed = here(
+        "train", "--resume", "run", "--store", "elsewhere/store.arrow", "--address", cluster, "--json"
+    ).report
+    assert (resumed["digest"], resumed["tasks_per_second"]) == (trained.report["digest"], None)
+    assert here("replay", "run", "--json").report["digest"] == trained.report["digest"]

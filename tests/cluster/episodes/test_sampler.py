@@ -271,8 +271,9 @@ def test_the_largest_possible_episode_is_given() -> None:
 
 def test_an_empty_split_has_no_episodes() -> None:
     source = StoreSource(feature_store(), FractionSplit(val=0, test=0.2), 0, False)
-    with pytest.raises(SplitError, match="way 1 is more than the 0 classes of split val"):
+    with pytest.raises(SplitError, match="split val has no classes"):
         source.check("val", 1, 1, 1)
+    assert source.empty("val") and not source.empty("test")
 
 
 @pytest.mark.parametrize("store", [feature_store(), image_store((1, 4, 6))])

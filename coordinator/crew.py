@@ -1,0 +1,72 @@
+"""The workers of one command: a cluster for the time of a block, a pool on it, and its first worker ready."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.config.run import RunConfig
+from cluster.errors import ClusterError
+from cluster.messages import WorkerHello
+from cluster.ray_runtime import ray_cluster
+from coordinator.capacity import affordable_workers, say_workers
+from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.evaluation import PATIENCE
+from coordinator.pool import Pool
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who computes for a command."""
+
+    pool: Pool
+    dispatcher: Dispatcher
+    first: WorkerHello
+    """Of the worker that was ready first; the others join while the work goes on."""
+
+
+@contextmanager
+def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
+    """As many workers as ``config`` asks for and the cluster allows, on its cluster, for the time of the block.
+
+    Args:
+        config: the run's configuration.
+        say: hears of fewer workers than were asked for, and of those that fail to start.
+
+    Raises:
+        ClusterError: no cluster, not the resources for one worker, or none that starts in time.
+        MetafleetError: what the first worker refuses, for instance its node's store.
+    """
+    with ray_cluster(config.execution.address) as free:
+        from coordinator.ray_pool import RayPool
+
+        workers = affordable_workers(config, free)
+        say_workers(config, workers, say)
+        pool = RayPool(config, workers)
+        try:
+            dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+            yield Crew(pool, dispatcher, _first_worker(config, dispatcher))
+        finally:
+            pool.close()
+
+
+def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> WorkerHello:
+    """Wait for the first worker.
+
+    Raises:
+        ClusterError: none started within ``execution.start_timeout``.
+    """
+    deadline = time.monotonic() + config.execution.start_timeout
+    while time.monotonic() < deadline:
+        match dispatcher.next(PATIENCE):
+            case Joined(hello):
+                return hello
+            case Failure(_, message):
+                print(message, file=sys.stderr)
+    raise ClusterError(
+        f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "
+        "`ray status` for what is missing, or raise it"
+    )

@@ -1,0 +1,197 @@
+"""Where a trainer starts from: the beginning of a new run, or what an earlier driver left in a run directory.
+
+    begin    a new run, with its directory
+    find     what an earlier driver left, owned from then on; needs no worker yet
+    go_on    the same as it goes on with the workers that are there now
+
+A synchronous run recomputes what was logged after its last checkpoint and must come to the logged digests. An
+asynchronous one replays it; workers of its own fingerprint are needed for that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.config.run import RunConfig
+from cluster.config.sections import AsyncAggregator
+from cluster.episodes.types import EpisodeSource
+from cluster.errors import FingerprintError
+from cluster.messages import WorkerHello
+from coordinator import checkpoint as checkpoints
+from coordinator.aggregators import build_aggregator
+from coordinator.checkpoint import Checkpoint
+from coordinator.commit_log import Entry, read_log
+from coordinator.crew import Crew
+from coordinator.dispatch import Failure, Joined
+from coordinator.history import read_history
+from coordinator.meta_state import MetaState
+from coordinator.replay import Replayer, check_config, check_source
+from coordinator.run_dir import RunDirectory, RunIdentity
+from coordinator.tail import recompute_tail
+from coordinator.train import Progress, Start, check_data, check_worker
+from metaworker.learners.base import Learner
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an earlier driver left."""
+
+    run: RunDirectory
+    identity: RunIdentity
+    at: Checkpoint
+    saved: bool
+    """Whether ``at`` lies on the disk; otherwise it is the beginning."""
+    entries: Sequence[Entry]
+
+    @property
+    def tail(self) -> Sequence[Entry]:
+        """What was logged after the checkpoint."""
+        return self.entries[self.at.state.version :]
+
+
+def begin(
+    config: RunConfig, path: Path, source: EpisodeSource, learner: Learner, first: WorkerHello, stack: ExitStack
+) -> tuple[RunDirectory, Start]:
+    """A new run with its directory, owned while ``stack`` lives.
+
+    Raises:
+        RunDirectoryError: it exists already, or cannot be made.
+    """
+    initial = MetaState.initial(config, learner)
+    identity = RunIdentity(
+        config.result_digest(),
+        source.digest,
+        source.split_digest,
+        initial.digest,
+        first.fingerprint,
+        dict(first.fingerprint_detail),
+        source.sample_shape,
+    )
+    check_data(identity.store_digest, identity.split_digest, first)
+    run = RunDirectory.create(path, identity, config)
+    stack.callback(run.release)
+    return run, Start(identity, initial, build_aggregator(config.aggregator))
+
+
+def find(config: RunConfig, path: Path, source: EpisodeSource, learner: Learner, stack: ExitStack) -> Found:
+    """What an earlier driver left in ``path``, owned while ``stack`` lives.
+
+    Raises:
+        RunDirectoryError: it is no run, or in use.
+        CheckpointError: checkpoint or log are damaged, or the data is not the run's.
+    """
+    run = RunDirectory.open(path)
+    run.acquire()
+    stack.callback(run.release)
+    identity = run.identity()
+    check_config(run, identity, config)
+    check_source(identity, source.digest, source.split_digest)
+    initial = MetaState.initial(config, learner)
+    kept = checkpoints.list_checkpoints(run.checkpoints)
+    at = (
+        checkpoints.load(kept[-1], initial.layout, identity.config_digest)
+        if kept
+        else Checkpoint.of_start(initial, identity.config_digest)
+    )
+    return Found(run, identity, at, bool(kept), read_log(run))
+
+
+def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Callable[[str], None]) -> Start:
+    """The run as it goes on with the workers of ``crew``.
+
+    Raises:
+        FingerprintError: it, or what must be recomputed of it, is of other hardware, and that was not allowed.
+        NumericsError: what is recomputed differs from the log.
+    """
+    identity, at, first = found.identity, found.at, crew.first
+    check_data(identity.store_digest, identity.split_digest, first)
+    elsewhere = first.fingerprint != identity.fingerprint
+    if elsewhere and not config.execution.other_hardware:
+        raise FingerprintError(
+            f"{found.run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
+            f"{dict(first.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
+            "it there, or add --execution.other_hardware"
+        )
+    kept = found.entries[: at.state.version]
+    mixed = elsewhere or any(c.fingerprint != identity.fingerprint for entry in kept for c in entry.counted)
+    start = Start(
+        identity=replace(identity, fingerprint=first.fingerprint, fingerprint_detail=dict(first.fingerprint_detail)),
+        state=at.state,
+        aggregator=build_aggregator(config.aggregator, at.state.version, pending=at.pending),
+        progress=Progress(at.episodes, at.seconds, Counter(at.failures), mixed),
+        recent=at.recent,
+        dropped=at.dropped,
+        saved=at.state.version if found.saved else None,
+    )
+    same = _same_bits(config, found, first)
+    if isinstance(config.aggregator, AsyncAggregator):
+        start = _go_on_async(config, learner, found, crew, start, same, say)
+    elif same:
+        start = replace(start, expected={entry.version: entry.digest for entry in found.tail})
+    return replace(start, unvalidated=_unvalidated(config, found.run, start.state.version))
+
+
+def _same_bits(config: RunConfig, found: Found, first: WorkerHello) -> bool:
+    """Whether the workers of now compute the bits of the log's tail."""
+    return config.execution.pool == "strict" and all(
+        counted.fingerprint == first.fingerprint for entry in found.tail for counted in entry.counted
+    )
+
+
+def _go_on_async(
+    config: RunConfig,
+    learner: Learner,
+    found: Found,
+    crew: Crew,
+    start: Start,
+    same: bool,
+    say: Callable[[str], None],
+) -> Start:
+    """Replay the log's tail, or leave it out where it cannot be; what was in flight is issued again.
+
+    Raises:
+        FingerprintError: there is a tail of other hardware, and leaving it out was not allowed.
+    """
+    at, tail, entries = found.at, found.tail, found.entries
+    state, recent, dropped, progress = start.state, start.recent, start.dropped, start.progress
+    if tail and same:
+        # After a clean stop there is none, and nothing to compute.
+        replayer = Replayer(config, learner, state, recent)
+
+        def notice(outcome: Failure | Joined) -> None:
+            if isinstance(outcome, Failure):
+                say(outcome.message)
+            else:
+                check_worker(config, start.identity, outcome.hello)
+
+        recompute_tail(replayer, tail, crew, notice, say)
+        state, recent, dropped = replayer.state, replayer.recent, ()
+        progress.episodes += replayer.episodes
+    elif tail:
+        what = f"versions {at.state.version + 1}–{tail[-1].version} of {found.run.path} are in its log alone"
+        if config.execution.pool == "strict" and not config.execution.other_hardware:
+            raise FingerprintError(
+                f"{what} and were computed on other hardware or software than there is here: resume it there, or add "
+                "--execution.other_hardware to leave them out"
+            )
+        say(f"{what} and cannot be recomputed with these workers: they are left out")
+        entries = entries[: at.state.version]
+    settled = {counted.shard for entry in entries for counted in entry.counted}
+    settled |= {drop.shard for drops in (*(entry.dropped for entry in entries), dropped) for drop in drops}
+    pending = [(c, finite) for c, finite in at.pending if c.shard not in settled]
+    settled |= {c.shard for c, _ in pending}
+    next_id = max(at.next_id, 1 + max(settled, default=-1))
+    reissue = [shard for shard in range(next_id) if shard not in settled]
+    aggregator = build_aggregator(config.aggregator, state.version, next_id, reissue, pending)
+    return replace(start, state=state, recent=recent, dropped=dropped, aggregator=aggregator)
+
+
+def _unvalidated(config: RunConfig, run: RunDirectory, version: int) -> bool:
+    """Whether a validation of ``version`` was due and the earlier driver ended before it had its scores."""
+    every = config.evaluation.every
+    due = bool(every) and version > 0 and (version % every == 0 or version == config.steps)
+    return due and run.history.exists() and version not in {v.version for v in read_history(run.history).validations}
