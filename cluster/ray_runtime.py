@@ -211,4 +211,7 @@ def _why_not(address: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if address == "local":
         return f"could not start Ray on this machine: {first}"
-    return f"no Ray cluster at {address!r} ({first[:160]}): start one with `ray start --head`, or leave out --address"
+    # Something listens there and does not answer: its authentication may be another one than ours.
+    token = "" if isinstance(error, OSError) else "; one with token authentication needs RAY_AUTH_MODE=token"
+    start = "start one with `ray start --head`, or leave out --address"
+    return f"no Ray cluster at {address!r} ({first[:160]}): {start}{token}"

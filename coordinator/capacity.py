@@ -26,8 +26,8 @@ def affordable_workers(config: RunConfig, resources: Mapping[str, float]) -> int
     if room < 1:
         raise ClusterError(
             f"not enough for one worker: it needs {execution.cpus_per_worker:g} CPUs and "
-            f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; lower "
-            "execution.cpus_per_worker or execution.gpus_per_worker, or free some"
+            f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; free some, or lower "
+            "execution.cpus_per_worker or execution.gpus_per_worker (--device cpu needs no GPU)"
         )
     return min(room, execution.workers or room)
 

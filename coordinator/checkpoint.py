@@ -80,14 +80,17 @@ def version_of(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def save(folder: Path, checkpoint: Checkpoint, epoch: int) -> tuple[Path, int]:
-    """Write a checkpoint into ``folder``; returns its path and bytes. One that this epoch has written stays as it is.
+def save(folder: Path, checkpoint: Checkpoint, epoch: int, *, renew: bool = False) -> tuple[Path, int]:
+    """Write a checkpoint into ``folder``; returns its path and bytes.
+
+    One of this version that this epoch has written already stays as it is, or is replaced where ``renew`` is set: by
+    then there may be more contributions taken or dropped for the next version.
 
     Raises:
         CheckpointError: the disk is full, read-only or gone; earlier checkpoints are untouched.
     """
     target = folder / name_of(checkpoint.state.version, epoch)
-    if target.exists():
+    if target.exists() and not renew:
         return target, sum(file.stat().st_size for file in target.iterdir())
     tensors = save_arrays(_arrays(checkpoint))
     manifest: bytes = msgpack.packb(_manifest(checkpoint, epoch, tensors))
@@ -96,6 +99,8 @@ def save(folder: Path, checkpoint: Checkpoint, epoch: int) -> tuple[Path, int]:
         partial.mkdir()
         write_bytes_atomically(partial / TENSORS, tensors)
         write_bytes_atomically(partial / MANIFEST, manifest)
+        if target.exists():
+            _remove(target)  # killed here, the run goes on from the checkpoint before and its log
         os.rename(partial, target)
         fsync_directory(folder)
     except OSError as error:
@@ -157,13 +162,17 @@ def prune(folder: Path, keep: int) -> None:
     best = best_of(folder)
     for path in list_checkpoints(folder)[:-keep]:
         if best is None or path.name != best.name:
-            # Killed half-way, this must not leave half a checkpoint under a checkpoint's name.
-            partial = _partial(path)
             try:
-                os.rename(path, partial)
+                _remove(path)
             except OSError as error:
                 raise CheckpointError(f"cannot remove the old checkpoint {path}: {error.strerror}") from error
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed half-way, this leaves no half of one under a checkpoint's name."""
+    removed = path.parent / f".{path.name}.{os.getpid()}.removed.partial"
+    os.rename(path, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -289,7 +298,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         if manifest_path.stat().st_size > LARGEST_MANIFEST:
             raise ValueError("its manifest is too large")
         name, schema, packed, digest = msgpack.unpackb(manifest_path.read_bytes())
-        if [name, schema] != FORMAT or hashlib.sha256(packed).digest() != digest:
+        if [name, schema] != FORMAT:
+            raise ValueError(f"it is {name!r} {schema}, this version of Metafleet reads {FORMAT[0]!r} {FORMAT[1]}")
+        if hashlib.sha256(packed).digest() != digest:
             raise ValueError("its manifest does not match its digest")
         manifest: dict[str, Any] = msgpack.unpackb(packed)
         tensors = (path / TENSORS).read_bytes()

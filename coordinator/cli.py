@@ -254,6 +254,9 @@ _FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "worke
     metavar="N",
     help="Worker actors; as many as the free CPUs (or GPUs) allow when not given.",
 )
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda", "auto"]), help="Device of the workers; the run's when not given."
+)
 @_json
 def evaluate(run: Path, as_json: bool, **request: Any) -> None:
     """Evaluate the run in directory RUN: mean and 95 % confidence interval before and after each adaptation step.

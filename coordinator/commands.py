@@ -76,6 +76,7 @@ class EvaluationOptions:
     checkpoint: Literal["best", "last"] = "best"
     address: str | None = None
     workers: int | None = None
+    device: Literal["cpu", "cuda", "auto"] | None = None
 
 
 def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:

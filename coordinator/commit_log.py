@@ -56,7 +56,7 @@ class CommitLog:
     def __init__(self, run: RunDirectory, epoch: int, start: int, start_digest: str, config_digest: str) -> None:
         path = run.log(epoch)
         if start > 0:
-            _check_reaches(run, start, start_digest)
+            check_reaches(run, read_log(run), start, start_digest)
         try:
             # The header will say that versions up to `start` are in the logs before: they reach the disk before it.
             for log in [run.log(e) for e in run.epochs() if run.log(e).exists()]:
@@ -115,15 +115,18 @@ def log_problem(run: RunDirectory, entries: Sequence[Entry]) -> str | None:
     return f"the commit log of {run.path} ends at version {len(entries)}, before its checkpoint of version {last}"
 
 
-def _check_reaches(run: RunDirectory, version: int, digest: str) -> None:
-    """Refuse to go on from a version that no log leads to: nobody could read the logs after that."""
-    entries = read_log(run)
+def check_reaches(run: RunDirectory, entries: Sequence[Entry], version: int, digest: str) -> None:
+    """Refuse to go on from a version that no log leads to: nobody could read the logs after that.
+
+    Raises:
+        CheckpointError: the log ends before ``version``, or gives it another digest.
+    """
     if version > len(entries):
         raise CheckpointError(
             f"the commit log of {run.path} ends at version {len(entries)}, before version {version} that the run is to "
             "go on from: restore the log from a backup, or remove the later checkpoints"
         )
-    if entries[version - 1].digest != digest:
+    if version > 0 and entries[version - 1].digest != digest:
         raise CheckpointError(
             f"the commit log of {run.path} has another digest at version {version} than the checkpoint: restore both "
             "from one backup, or remove the checkpoint to go on from the one before"

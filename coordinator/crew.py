@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,12 +47,12 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
         pool = RayPool(config, workers)
         try:
             dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
-            yield Crew(pool, dispatcher, _first_worker(config, dispatcher))
+            yield Crew(pool, dispatcher, _first_worker(config, dispatcher, say))
         finally:
             pool.close()
 
 
-def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> WorkerHello:
+def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str], None]) -> WorkerHello:
     """Wait for the first worker.
 
     Raises:
@@ -65,7 +64,7 @@ def _first_worker(config: RunConfig, dispatcher: Dispatcher) -> WorkerHello:
             case Joined(hello):
                 return hello
             case Failure(_, message):
-                print(message, file=sys.stderr)
+                say(message)
     raise ClusterError(
         f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "
         "`ray status` for what is missing, or raise it"

@@ -44,8 +44,7 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
     identity, config = directory.identity(), load_resolved(directory.config)
     check_config(directory, identity, config)
     request = _request(config, options)
-    # Evaluation may run elsewhere than training did: only what is said now counts.
-    config = with_execution(_data(config, options), address=options.address or "local", workers=options.workers)
+    config = _execution(_data(config, options), options)
     prepare("cpu", threads=1)
     source = open_source(config)
     _check_source(identity, source, options.store)
@@ -122,6 +121,16 @@ def _data(config: RunConfig, options: EvaluationOptions) -> RunConfig:
             f"--split {options.split} is not defined on another store for data.type {data.type}: use --split all"
         )
     return with_execution(config.model_copy(update={"data": data}), store=str(options.store.absolute()))
+
+
+def _execution(config: RunConfig, options: EvaluationOptions) -> RunConfig:
+    """The configuration with what is said now: evaluation may run elsewhere than training did."""
+    device = options.device or config.device
+    gpus = {"cpu": 0.0, "auto": config.execution.gpus_per_worker, "cuda": config.execution.gpus_per_worker or 1.0}
+    place = {"address": options.address or "local", "workers": options.workers}
+    return with_execution(
+        config.model_copy(update={"device": device}), cpus_per_worker=None, gpus_per_worker=gpus[device], **place
+    )
 
 
 def _request(config: RunConfig, options: EvaluationOptions) -> EvaluationRequest:

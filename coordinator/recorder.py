@@ -53,14 +53,18 @@ class Recorder:
         # As far as the log: a resume of an asynchronous run goes on from the log's end, not from the last checkpoint.
         self._history.flush()
 
-    def checkpoint(self, checkpoint: Checkpoint) -> int:
-        """Write a checkpoint; returns its bytes."""
+    def checkpoint(self, checkpoint: Checkpoint, *, renew: bool = False) -> int:
+        """Write a checkpoint, anew where ``renew`` is set; returns its bytes."""
         self._run.check_epoch(self._epoch)
         # The log on the disk must never be behind a checkpoint.
         self._log.sync()
-        _, size = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
+        _, size = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch, renew=renew)
         checkpoints.prune(self._run.checkpoints, self._keep)
         return size
+
+    def unvalidated(self, checkpoint: Checkpoint) -> None:
+        """Keep a version whose validation is not over, for the next driver."""
+        checkpoints.save(self._run.checkpoints, checkpoint, self._epoch)
 
     def validation(self, record: ValidationRecord, checkpoint: Checkpoint) -> bool:
         """Record a validation; keeps its version if it is the best so far, and says whether it is."""

@@ -65,10 +65,6 @@ class Replayer:
         episodes = self._config.shard.episodes
         return ShardTask(counted.shard, counted.shard * episodes, episodes, counted.base_version)
 
-    def holds(self, version: int) -> bool:
-        """Whether contributions to ``version`` can still be recomputed."""
-        return version == self.state.version or any(published.version == version for published in self._recent)
-
     def apply(self, entry: Entry, compute: Compute) -> None:
         """Recompute one commit, its contributions by ``compute``.
 
@@ -85,7 +81,7 @@ class Replayer:
             aggregator.next_shard()
         update: Any = None
         for counted in entry.counted:
-            contribution = compute(self._base(counted.base_version), self.task(counted))
+            contribution = compute(self.base(counted.base_version), self.task(counted))
             _check(contribution, counted)
             update = aggregator.add(contribution, self.state.version, finite=counted.weight > 0)
         if not isinstance(update, Update):
@@ -98,7 +94,12 @@ class Replayer:
                 f"version {entry.version} gives digest {self.state.digest[:16]}, the log says {entry.digest[:16]}"
             )
 
-    def _base(self, version: int) -> Published:
+    def base(self, version: int) -> Published:
+        """θ and learner state of a version that contributions may be based on.
+
+        Raises:
+            CheckpointError: it is older than the staleness bound allows.
+        """
         if version == self.state.version:
             return self.state.published
         for published in self._recent:
@@ -165,18 +166,22 @@ def _logged(run: RunDirectory, until: int | None) -> list[Entry]:
 
 
 def _check_fingerprint(run: RunDirectory, identity: RunIdentity, entries: Sequence[Entry], worker: ShardWorker) -> None:
-    if worker.fingerprint != identity.fingerprint:
+    """Refuse a run whose contributions are not all of this machine's class."""
+    classes = {counted.fingerprint for entry in entries for counted in entry.counted}
+    if classes <= {worker.fingerprint}:
+        return
+    if len(classes) == 1:
+        detail = dict(identity.fingerprint_detail) if identity.fingerprint in classes else "later than its start"
         raise FingerprintError(
-            f"{run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
-            f"{worker.fingerprint_detail}): replay it on the same kind of machine"
+            f"{run.path} was computed on other hardware or software ({detail}, here {worker.fingerprint_detail}): "
+            "replay it on the same kind of machine"
         )
-    mixed = (e.version for e in entries if any(c.fingerprint != worker.fingerprint for c in e.counted))
-    first = next(mixed, None)
-    if first is not None:
-        raise FingerprintError(
-            f"{run.path} is a mixed run: from version {first} on, workers of other hardware or software took part, and "
-            f"no one machine gives all its bits; versions before are replayed by --until {first - 1}"
-        )
+    first = entries[0].counted[0].fingerprint
+    other = next(e.version for e in entries if any(c.fingerprint != first for c in e.counted))
+    raise FingerprintError(
+        f"{run.path} is a mixed run: from version {other} on, workers of other hardware or software took part, and no "
+        f"one machine gives all its bits; versions before are replayed by --until {other - 1}"
+    )
 
 
 def check_config(run: RunDirectory, identity: RunIdentity, config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -80,7 +81,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: it exists already, or cannot be made.
         """
-        partial = path.parent / f".{path.name}.{os.getpid()}.partial"
+        partial = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
         run = RunDirectory(partial)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,7 @@ class RunDirectory:
             os.rename(partial, path)
             fsync_directory(path.parent)
         except BaseException as error:
+            run.release()
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
                 why = f"{error.strerror} ({error.filename or path})"

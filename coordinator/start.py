@@ -11,7 +11,7 @@ asynchronous one replays it; workers of its own fingerprint are needed for that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from cluster.messages import WorkerHello
 from coordinator import checkpoint as checkpoints
 from coordinator.aggregators import build_aggregator
 from coordinator.checkpoint import Checkpoint
-from coordinator.commit_log import Entry, read_log
+from coordinator.commit_log import Entry, check_reaches, read_log
 from coordinator.crew import Crew
 from coordinator.dispatch import Failure, Joined
 from coordinator.history import read_history
@@ -46,6 +46,8 @@ class Found:
     saved: bool
     """Whether ``at`` lies on the disk; otherwise it is the beginning."""
     entries: Sequence[Entry]
+    unvalidated: tuple[Checkpoint, ...]
+    """Versions whose validation the earlier driver did not finish."""
 
     @property
     def tail(self) -> Sequence[Entry]:
@@ -97,7 +99,11 @@ def find(config: RunConfig, path: Path, source: EpisodeSource, learner: Learner,
         if kept
         else Checkpoint.of_start(initial, identity.config_digest)
     )
-    return Found(run, identity, at, bool(kept), read_log(run))
+    entries = read_log(run)
+    check_reaches(run, entries, at.state.version, at.state.digest)
+    due = [path for path in kept if _due(config, checkpoints.version_of(path)[0])]
+    unvalidated = [checkpoints.load(path, initial.layout, identity.config_digest) for path in due]
+    return Found(run, identity, at, bool(kept), entries, _unscored(run, unvalidated))
 
 
 def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Callable[[str], None]) -> Start:
@@ -110,29 +116,39 @@ def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Ca
     identity, at, first = found.identity, found.at, crew.first
     check_data(identity.store_digest, identity.split_digest, first)
     elsewhere = first.fingerprint != identity.fingerprint
-    if elsewhere and not config.execution.other_hardware:
+    execution = config.execution
+    if elsewhere and execution.pool == "strict" and not execution.other_hardware:
         raise FingerprintError(
             f"{found.run.path} was computed on other hardware or software ({dict(identity.fingerprint_detail)}, here "
             f"{dict(first.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
             "it there, or add --execution.other_hardware"
         )
-    kept = found.entries[: at.state.version]
-    mixed = elsewhere or any(c.fingerprint != identity.fingerprint for entry in kept for c in entry.counted)
+    pending = at.pending
+    if execution.pool == "strict":  # what other hardware has computed and no commit holds is computed again
+        pending = tuple((c, finite) for c, finite in pending if c.fingerprint == first.fingerprint)
+    kept = [c.fingerprint for entry in found.entries[: at.state.version] for c in entry.counted]
+    mixed = any(other != first.fingerprint for other in [*kept, *(c.fingerprint for c, _ in pending)])
     start = Start(
         identity=replace(identity, fingerprint=first.fingerprint, fingerprint_detail=dict(first.fingerprint_detail)),
         state=at.state,
-        aggregator=build_aggregator(config.aggregator, at.state.version, pending=at.pending),
+        aggregator=build_aggregator(config.aggregator, at.state.version, pending=pending),
         progress=Progress(at.episodes, at.seconds, Counter(at.failures), mixed),
         recent=at.recent,
         dropped=at.dropped,
-        saved=at.state.version if found.saved else None,
+        unvalidated=found.unvalidated,
+        saved=found.saved,
     )
     same = _same_bits(config, found, first)
     if isinstance(config.aggregator, AsyncAggregator):
         start = _go_on_async(config, learner, found, crew, start, same, say)
     elif same:
         start = replace(start, expected={entry.version: entry.digest for entry in found.tail})
-    return replace(start, unvalidated=_unvalidated(config, found.run, start.state.version))
+    elif found.tail:
+        say(
+            f"versions {found.tail[0].version}–{found.tail[-1].version} were computed on other hardware or software: "
+            "they are computed again, and not compared"
+        )
+    return start
 
 
 def _same_bits(config: RunConfig, found: Found, first: WorkerHello) -> bool:
@@ -158,25 +174,30 @@ def _go_on_async(
     """
     at, tail, entries = found.at, found.tail, found.entries
     state, recent, dropped, progress = start.state, start.recent, start.dropped, start.progress
+    passed: list[Checkpoint] = []
     if tail and same:
         # After a clean stop there is none, and nothing to compute.
         replayer = Replayer(config, learner, state, recent)
 
         def notice(outcome: Failure | Joined) -> None:
             if isinstance(outcome, Failure):
+                progress.failures[outcome.kind] += 1
                 say(outcome.message)
             else:
                 check_worker(config, start.identity, outcome.hello)
 
-        recompute_tail(replayer, tail, crew, notice, say)
-        state, recent, dropped = replayer.state, replayer.recent, ()
+        for _ in recompute_tail(replayer, tail, crew, notice, say):
+            if _due(config, replayer.state.version):
+                passed.append(replace(at, state=replayer.state, recent=replayer.recent, pending=(), dropped=()))
+        progress.failures["stale"] += sum(len(entry.dropped) for entry in tail) - len(dropped)
         progress.episodes += replayer.episodes
+        state, recent, dropped = replayer.state, replayer.recent, ()
     elif tail:
         what = f"versions {at.state.version + 1}–{tail[-1].version} of {found.run.path} are in its log alone"
         if config.execution.pool == "strict" and not config.execution.other_hardware:
             raise FingerprintError(
-                f"{what} and were computed on other hardware or software than there is here: resume it there, or add "
-                "--execution.other_hardware to leave them out"
+                f"{what} and were computed on other hardware or software than there is here: add "
+                "--execution.other_hardware to leave them out, or to resume it there"
             )
         say(f"{what} and cannot be recomputed with these workers: they are left out")
         entries = entries[: at.state.version]
@@ -187,11 +208,26 @@ def _go_on_async(
     next_id = max(at.next_id, 1 + max(settled, default=-1))
     reissue = [shard for shard in range(next_id) if shard not in settled]
     aggregator = build_aggregator(config.aggregator, state.version, next_id, reissue, pending)
-    return replace(start, state=state, recent=recent, dropped=dropped, aggregator=aggregator)
+    return replace(
+        start,
+        state=state,
+        recent=recent,
+        dropped=dropped,
+        aggregator=aggregator,
+        saved=start.saved and not tail,
+        unvalidated=_unscored(found.run, [*start.unvalidated, *passed]),
+    )
 
 
-def _unvalidated(config: RunConfig, run: RunDirectory, version: int) -> bool:
-    """Whether a validation of ``version`` was due and the earlier driver ended before it had its scores."""
+def _due(config: RunConfig, version: int) -> bool:
+    """Whether a version is one that is validated."""
     every = config.evaluation.every
-    due = bool(every) and version > 0 and (version % every == 0 or version == config.steps)
-    return due and run.history.exists() and version not in {v.version for v in read_history(run.history).validations}
+    return bool(every) and version > 0 and (version % every == 0 or version == config.steps)
+
+
+def _unscored(run: RunDirectory, due: Iterable[Checkpoint]) -> tuple[Checkpoint, ...]:
+    """Those of the versions that the history has no validation of, each once."""
+    if not run.history.exists():
+        return ()
+    scored = {validation.version for validation in read_history(run.history).validations}
+    return tuple({at.state.version: at for at in due if at.state.version not in scored}.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cluster.messages import Contribution
 from coordinator.commit_log import Entry
@@ -21,8 +21,8 @@ def recompute_tail(
     crew: Crew,
     notice: Callable[[Failure | Joined], None],
     say: Callable[[str], None],
-) -> None:
-    """Apply the entries of ``tail`` to ``replayer``, in parallel as far as their base versions allow.
+) -> Iterator[Entry]:
+    """Apply the entries of ``tail`` to ``replayer``, in parallel as far as their base versions allow; yields each.
 
     Args:
         replayer: at the version before the tail.
@@ -32,6 +32,7 @@ def recompute_tail(
         say: hears of progress.
 
     Raises:
+        CheckpointError: the log does not fit the checkpoint.
         NumericsError: what is recomputed differs from the log.
         PoisonShardError, ClusterError: as the dispatcher.
     """
@@ -42,6 +43,8 @@ def recompute_tail(
     said = time.monotonic()
     for entry in tail:
         handles[replayer.state.version] = crew.pool.publish(replayer.state.published)
+        for counted in entry.counted:
+            replayer.base(counted.base_version)
         while not all(counted.shard in arrived for counted in entry.counted):
             while wanted and wanted[0].base_version in handles and crew.dispatcher.room > 0:
                 task = wanted.popleft()
@@ -52,7 +55,9 @@ def recompute_tail(
                 case (Failure() | Joined()) as outcome:
                     notice(outcome)
         replayer.apply(entry, lambda _, task: arrived.pop(task.shard))
-        handles = {version: handle for version, handle in handles.items() if replayer.holds(version)}
+        yield entry
+        held = {published.version for published in replayer.recent}
+        handles = {version: handle for version, handle in handles.items() if version in held}
         if time.monotonic() - said > REPORT_EVERY:
             said = time.monotonic()
             say(f"recomputed up to version {entry.version} of {tail[-1].version}, digests agree so far")

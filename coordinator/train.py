@@ -67,10 +67,10 @@ class Start:
     """Contributions dropped since the last commit, which no log entry names yet."""
     expected: Mapping[int, str] = field(default_factory=dict)
     """Run digests that versions must have, from the log of an earlier attempt of a synchronous run."""
-    saved: int | None = None
-    """The version of the checkpoint that was read."""
-    unvalidated: bool = False
-    """Whether ``state`` is of a version whose validation an earlier attempt did not finish."""
+    saved: bool = False
+    """Whether all this is what a checkpoint holds already."""
+    unvalidated: tuple[Checkpoint, ...] = ()
+    """Versions whose validation an earlier attempt did not finish."""
 
 
 class StopRequest:
@@ -111,6 +111,7 @@ class Trainer:
         self._identity = start.identity
         self._expected = dict(start.expected)
         self._saved = start.saved
+        """Whether the last checkpoint holds all that was done since."""
         config = resources.config
         aggregation = config.aggregator
         bound, self._exponent, window = 0, 0.0, config.shards_per_version
@@ -130,8 +131,8 @@ class Trainer:
         self._since_start = 0
         self._handle = self._publish()
         resources.metrics.version(start.state.version)
-        if start.unvalidated:
-            self._validate()
+        for checkpoint in start.unvalidated:
+            self._validate(checkpoint, resources.pool.publish(checkpoint.state.published))
 
     def run(self) -> MetaState:
         """The main loop; returns the state at the last version, or where a stop request found it."""
@@ -144,8 +145,10 @@ class Trainer:
             self._show()
         self._ended = self._r.clock()
         self._r.dispatcher.forget()
-        if self.state.version != self._saved:
-            self._save()
+        if not self._saved:
+            self._save(renew=True)
+        for _, checkpoint in self._validations.values():
+            self._r.recorder.unvalidated(checkpoint)
         return self.state
 
     def _top_up(self) -> None:
@@ -162,6 +165,7 @@ class Trainer:
             dispatcher.submit(ShardTask(shard, shard * episodes, episodes, self.state.version), self._handle)
 
     def _take(self, outcome: Outcome) -> None:
+        self._saved = self._saved and isinstance(outcome, Joined | Evaluated)
         match outcome:
             case Accepted():
                 self._contribution(outcome)
@@ -223,15 +227,16 @@ class Trainer:
         self._r.metrics.commit(state.version, update.loss, update.metric, norm)
         every = config.evaluation.every
         if every and (state.version % every == 0 or state.version == config.steps):
-            self._validate()
+            self._validate(self._checkpoint(), self._handle)
         if state.version % config.execution.checkpoint_every == 0 and state.version < config.steps:
             self._save()
 
-    def _validate(self) -> None:
-        """Order a validation of the current version; it is computed while the run goes on."""
+    def _validate(self, checkpoint: Checkpoint, handle: Handle) -> None:
+        """Order a validation of a version; it is computed while the run goes on."""
+        version = checkpoint.state.version
         request = EvaluationRequest.of(self._r.config, "val", self._r.config.evaluation.val_episodes)
-        self._validations[self.state.version] = (EvaluationCollector(request), self._checkpoint())
-        self._orders.extend((order, self._handle) for order in request.orders(self.state.version))
+        self._validations[version] = (EvaluationCollector(request), checkpoint)
+        self._orders.extend((order, handle) for order in request.orders(version))
 
     def _validated(self, part: EvaluationPart) -> None:
         version = part.version
@@ -280,8 +285,9 @@ class Trainer:
             failures=dict(self.progress.failures),
         )
 
-    def _save(self) -> None:
-        self._r.metrics.checkpoint(self._r.recorder.checkpoint(self._checkpoint()))
+    def _save(self, *, renew: bool = False) -> None:
+        self._r.metrics.checkpoint(self._r.recorder.checkpoint(self._checkpoint(), renew=renew))
+        self._saved = True
 
     def _publish(self) -> Handle:
         published = self.state.published

@@ -76,7 +76,7 @@ class Aggregator(Protocol):
         ...
 
     def outstanding(self) -> Sequence[int]:
-        """Shards handed out by ``next_shard`` and not yet taken, ascending, for a checkpoint."""
+        """Shards handed out by ``next_shard`` and not yet taken, ascending."""
         ...
 
     @property

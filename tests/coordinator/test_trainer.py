@@ -303,6 +303,49 @@ def test_a_log_that_ends_before_the_last_checkpoint_is_no_replay(tmp_path: Path)
         replay_run(RunDirectory.open(path))
 
 
+def test_what_was_dropped_since_a_checkpoint_of_the_same_version_is_in_the_log_after_a_stop(tmp_path: Path) -> None:
+    config = tiny(ASYNC, steps=12)
+    config = config.model_copy(update={"execution": config.execution.model_copy(update={"checkpoint_every": 1})})
+    for stop_at in range(8, 20):
+        path = tmp_path / str(stop_at)
+        trainer = drive(config, path, stop_at=stop_at).trainer
+        if trainer._dropped:
+            break
+    version, dropped = trainer.state.version, tuple(trainer._dropped)
+    assert version > 0 and dropped
+    resumed = drive(config, path, resume=True)
+    assert log(path)[version].dropped[: len(dropped)] == dropped
+    computed = {order.shard for order in resumed.submitted if isinstance(order, ShardTask)}
+    assert not computed & {drop.shard for drop in dropped}
+
+
+def test_a_run_computed_wholly_elsewhere_is_no_mixed_run(tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "run"
+    asked = config.model_copy(update={"execution": config.execution.model_copy(update={"other_hardware": True})})
+    with pytest.raises(Killed):
+        drive(config, path, kill_at=1, hardware="A")
+    driven = drive(asked, path, resume=True)
+    assert not driven.trainer.progress.mixed
+    assert replay_run(RunDirectory.open(path))[0].state.digest == driven.digest
+
+
+def test_what_other_hardware_computed_and_no_commit_holds_is_computed_again(
+    tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    config, path = tiny(), tmp_path / "run"
+    drive(config, path, stop_at=2, hardware="A")
+    asked = config.model_copy(update={"execution": config.execution.model_copy(update={"other_hardware": True})})
+    driven = drive(asked, path, resume=True)
+    assert len(driven.submitted) == 18 and driven.digest == undisturbed(config)
+
+
+def test_a_mixed_pool_goes_on_whichever_of_its_workers_comes_first(tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "run"
+    config = config.model_copy(update={"execution": config.execution.model_copy(update={"pool": "mixed"})})
+    drive(config, path, stop_at=7, hardware="A")
+    assert drive(config, path, resume=True, hardware="B").trainer.progress.mixed
+
+
 def test_what_happened_before_a_stop_is_still_told_after_it(tmp_path: Path) -> None:
     config, path = tiny(ASYNC), tmp_path / "run"
     before = drive(config, path, stop_at=12).trainer.progress.failures["stale"]
@@ -436,6 +479,14 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, how: s
     scores = {each.version: each.steps[-1] for each in validations}
     best = checkpoints.best_of(path / "checkpoints")
     assert best is not None and checkpoints.version_of(best)[0] == min(scores, key=scores.__getitem__)
+
+
+def test_versions_that_have_a_checkpoint_and_no_validation_are_validated_at_a_resume(tmp_path: Path) -> None:
+    config, path = tiny(), tmp_path / "run"
+    drive(config, path, stop_at=14)
+    validating = tiny(evaluation=Evaluation(every=2, val_episodes=12))
+    drive(validating, path, resume=True)
+    assert [each.version for each in read_history(path / "history.msgpack").validations] == [2, 4, 6]
 
 
 def test_execution_may_change_at_a_resume(tmp_path: Path, undisturbed: Undisturbed) -> None:

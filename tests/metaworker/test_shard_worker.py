@@ -40,6 +40,9 @@ class PictureSource:
     def __init__(self, broken: frozenset[int] = frozenset()) -> None:
         self._broken = broken
 
+    def empty(self, split: SplitName) -> bool:
+        return False
+
     def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
         assert split in ("train", "val", "test", "all") and min(way, shot, query) >= 1
 

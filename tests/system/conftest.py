@@ -191,7 +191,8 @@ def cluster(environment: dict[str, str]) -> Iterator[str]:
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
     with Command(folder, environment) as command:
-        head = command.start(*argv, script=Path(sys.executable).with_name("ray"))
+        # Without this, a token file that some other Ray has left in the home folder would decide.
+        head = command.start(*argv, script=Path(sys.executable).with_name("ray"), RAY_AUTH_MODE="disabled")
         head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
         yield f"127.0.0.1:{port}"
     shutil.rmtree(folder, ignore_errors=True)
