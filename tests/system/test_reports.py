@@ -90,7 +90,7 @@ def test_own_pictures_are_trained_on_and_evaluated(
     finished = here("evaluate", "run", "--address", cluster, "--store", own_pictures.store, *shape, "--json")
     other = finished.report
     assert "no validation has named a best checkpoint" in finished.err
-    assert "9 workers were asked for, the free resources allow 2" in finished.err
+    assert "9 workers were asked for, the free resources allow 4" in finished.err
     assert [other[name] for name in ("split", "way", "shot", "query", "episodes", "bn", "checkpoint", "store")] == [
         *("all", 5, 2, 1, 30, "support", "last", str(own_pictures.store))
     ]
