@@ -21,6 +21,7 @@ from cluster.episodes import open_source
 from cluster.messages import Published, WorkerHello
 from cluster.metrics import Metrics, RunInfo
 from coordinator.aggregators import build_aggregator
+from coordinator.attempts import Policy
 from coordinator.dispatch import Dispatcher, Failure, Joined
 from coordinator.meta_state import MetaState
 from coordinator.pool import Event, Handle, Order, Pool, Reply
@@ -68,7 +69,7 @@ class Fleet:
     def __init__(self, config: RunConfig, pool: Pool, folder: Path) -> None:
         self._config = config
         self._pool = _Tap(pool)
-        self._dispatcher = Dispatcher(self._pool, config.execution.in_flight, config.execution.attempts)
+        self._dispatcher = Dispatcher(self._pool, Policy.of(config.execution))
         hello = self._all_joined()
         self.niceness = os.getpriority(os.PRIO_PROCESS, hello.pid)
         """Of the workers: Ray gives them 15 and the driver 0."""

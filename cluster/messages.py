@@ -137,3 +137,9 @@ class WorkerHello:
     split_digest: str
     fingerprint: str
     fingerprint_detail: Mapping[str, str]
+    node_id: str = ""
+    """Ray's id of its node."""
+    config_digest: str = ""
+    """Digest of the configuration's result half that it was given."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of Metafleet, Python, Ray and torch there."""

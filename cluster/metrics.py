@@ -43,7 +43,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from cluster.errors import PortError
 from cluster.messages import Contribution
 
-FailureKind = Literal["worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch"]
+FailureKind = Literal["worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch", "deadline"]
 """What can go wrong with an attempt without ending the run; the values of the label ``kind``."""
 
 SLOTS: Final = 256

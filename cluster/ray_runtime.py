@@ -12,8 +12,9 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -50,9 +51,19 @@ FOLDER, OWNER = "metafleet-ray-", "owner"
 """Name of a local cluster's temporary folder, and of the file in it that its driver holds locked while it lives."""
 
 
+@dataclass(frozen=True)
+class ClusterResources:
+    """What a cluster has, by Ray's names: CPU, GPU, memory …"""
+
+    total: Callable[[], Mapping[str, float]]
+    """What all its nodes have together now."""
+    free: Callable[[], Mapping[str, float]]
+    """What nobody has reserved; a second or so after it was given back."""
+
+
 @contextmanager
-def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
-    """A Ray cluster for the time of the block; yields its free resources. SIGTERM unwinds the block.
+def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResources]:
+    """A Ray cluster for the time of the block; yields its resources. SIGTERM unwinds the block.
 
     Args:
         address: ``local`` starts one on this machine, in a private temporary folder, and stops it afterwards; anything
@@ -95,7 +106,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[Mapping[str, 
             after_init()
             if not local:
                 _refuse_private(ray.nodes())  # type: ignore[no-untyped-call]
-            yield ray.available_resources()  # type: ignore[no-untyped-call]
+            yield ClusterResources(ray.cluster_resources, ray.available_resources)
         finally:
             ray.shutdown()
 

@@ -18,18 +18,24 @@ def affordable_workers(config: RunConfig, resources: Mapping[str, float]) -> int
     Raises:
         ClusterError: not even one.
     """
-    execution = config.execution
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    room = math.floor(cpus / execution.cpus_per_worker + 1e-9)
-    if execution.gpus_per_worker > 0:
-        room = min(room, math.floor(gpus / execution.gpus_per_worker + 1e-9))
-    if room < 1:
+    execution, workers = config.execution, room(config, resources)
+    if workers < 1:
+        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
         raise ClusterError(
             f"not enough for one worker: it needs {execution.cpus_per_worker:g} CPUs and "
             f"{execution.gpus_per_worker:g} GPUs, free are {cpus:g} CPUs and {gpus:g} GPUs; free some, or lower "
             "execution.cpus_per_worker or execution.gpus_per_worker (--device cpu needs no GPU)"
         )
-    return min(room, execution.workers or room)
+    return min(workers, execution.workers or workers)
+
+
+def room(config: RunConfig, resources: Mapping[str, float]) -> int:
+    """How many workers fit into resources."""
+    execution = config.execution
+    workers = math.floor(resources.get("CPU", 0.0) / execution.cpus_per_worker + 1e-9)
+    if execution.gpus_per_worker > 0:
+        workers = min(workers, math.floor(resources.get("GPU", 0.0) / execution.gpus_per_worker + 1e-9))
+    return workers
 
 
 def refuse_unaffordable(config: RunConfig) -> None:

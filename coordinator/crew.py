@@ -11,10 +11,15 @@ from cluster.config.run import RunConfig
 from cluster.errors import ClusterError
 from cluster.messages import WorkerHello
 from cluster.ray_runtime import ray_cluster
-from coordinator.capacity import affordable_workers, say_workers
-from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.attempts import Policy
+from coordinator.capacity import affordable_workers, room, say_workers
+from coordinator.dispatch import Dispatcher, Failure, Joined, Notice
 from coordinator.evaluation import PATIENCE
 from coordinator.pool import Pool
+
+
+FREE_SECONDS = 10.0
+"""How long room for one worker is waited for on a cluster that would have some."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,19 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
         ClusterError: no cluster, not the resources for one worker, or none that starts in time.
         MetafleetError: what the first worker refuses, for instance its node's store.
     """
-    with ray_cluster(config.execution.address) as free:
+    with ray_cluster(config.execution.address) as resources:
         from coordinator.ray_pool import RayPool
 
-        workers = affordable_workers(config, free)
+        affordable_workers(config, resources.total())
+        # What another driver has given back a moment ago does not count as free yet.
+        deadline = time.monotonic() + FREE_SECONDS
+        while not room(config, resources.free()) and time.monotonic() < deadline:
+            time.sleep(PATIENCE)
+        workers = affordable_workers(config, resources.free())
         say_workers(config, workers, say)
         pool = RayPool(config, workers)
         try:
-            dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+            dispatcher = Dispatcher(pool, Policy.of(config.execution))
             yield Crew(pool, dispatcher, _first_worker(config, dispatcher, say))
         finally:
             pool.close()
@@ -63,7 +73,7 @@ def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str]
         match dispatcher.next(PATIENCE):
             case Joined(hello):
                 return hello
-            case Failure(_, message):
+            case Failure(_, message) | Notice(message):
                 say(message)
     raise ClusterError(
         f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "

@@ -1,14 +1,15 @@
-"""Which worker computes what: bounded orders in flight, reissue of lost ones, second opinions on non-finite replies.
+"""Which worker computes what: orders in flight, reissue, deadlines, copies, verification, second and third opinions.
 
     train loop -> submit while there is room
     train loop <- next(timeout): one ``Outcome``; what a retry settles never reaches the loop
 
-The dispatcher knows neither Ray nor aggregation. An order goes to the ready worker with the fewest in flight, the
-lowest slot first. Any error on an attempt means that this attempt failed, never that the run did; a shard whose
-attempts are used up is a poison shard and ends the run with its episode ids and the worker's traceback.
+The dispatcher knows neither Ray nor aggregation; clock and transport are given to it. An order goes to the worker that
+will have done it first. Any error on an attempt means that this attempt failed, never that the run did; a shard whose
+attempts are used up is a poison shard and ends the run.
 
-A worker's queue is what it still has to do, forgotten orders too. A reply or failure of an order that is not in its
-slot's queue is of a worker that was replaced since, and is ignored.
+An attempt stays in its worker's queue until the pool has told what became of it, also when it was recalled, or when a
+faster copy has settled its order. A reply or failure of an attempt that is in no queue is of a worker that was replaced
+since, and is ignored.
 """
 
 from __future__ import annotations
@@ -16,18 +17,34 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from cluster.errors import ClusterError, PoisonShardError
-from cluster.messages import Contribution, EvaluationPart, EvaluationTask, WorkerHello
+from cluster.errors import NumericsError, PoisonShardError
+from cluster.messages import Contribution, EvaluationPart, ShardTask, WorkerHello
 from cluster.metrics import FailureKind
-from coordinator.pool import Event, Failed, Handle, Order, Pool, Reply, WorkerReady
+from coordinator.attempts import (
+    Attempt,
+    Member,
+    OrderKey,
+    Policy,
+    Work,
+    agree,
+    chosen_for_verification,
+    describe,
+    largest_agreement,
+    order_key,
+)
+from coordinator.goodput import Goodput, Loss
+from coordinator.help import Helper
+from coordinator.pace import Pace
+from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Pool, Reply, Skipped, WorkerReady
+from coordinator.roster import Roster
 
-OrderKey = Order
-"""An order as it was first submitted: one piece of work, whatever the attempt."""
+SOON = 0.001
+"""Least seconds of waiting for an event."""
 
-START_FAILURES = 3
-"""Failed starts in a row, over all slots, after which the run stops."""
+SHORT_SECONDS = 5.0
+"""How long there may be too few workers before that is said."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +74,20 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something that people should know and that is no failure."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Joined:
     """A worker is ready."""
 
     hello: WorkerHello
 
 
-Outcome = Accepted | Evaluated | Failure | Joined
-
-
-@dataclass
-class _Work:
-    """One order on its way through attempts."""
-
-    order: Order
-    handle: Handle
-    submitted: float = 0.0
-    failures: int = 0
-    tried: set[int] = field(default_factory=set)
-    """Slots whose present worker failed at it or gave a non-finite reply."""
-    suspect: int | None = None
-    """The one that gave the non-finite reply, or else failed last: asked again only where there is nobody else."""
-    first: Contribution | None = None
-    """The non-finite reply that a second opinion is awaited on."""
+Outcome = Accepted | Evaluated | Failure | Notice | Joined
 
 
 class Dispatcher:
@@ -87,39 +95,50 @@ class Dispatcher:
 
     Args:
         pool: where orders are computed.
-        in_flight: most orders queued on one worker.
-        attempts: failed attempts after which an order is given up.
+        policy: how attempts are made.
         clock: seconds, monotonic.
+        goodput: counts what was computed for nothing.
     """
 
-    def __init__(self, pool: Pool, in_flight: int, attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        policy: Policy,
+        clock: Callable[[], float] = time.monotonic,
+        goodput: Goodput | None = None,
+    ) -> None:
+        self.goodput = goodput or Goodput()
+        self.reproduce: Callable[[ShardTask], str] | None = None
+        """Gives the command that computes a shard alone, for the error about a poison shard."""
         self._pool = pool
-        self._limit = in_flight
-        self._attempts = attempts
+        self._policy = policy
         self._clock = clock
-        self._ready: dict[int, list[Order]] = {}
-        self._work: dict[OrderKey, _Work] = {}
-        self._retries: deque[_Work] = deque()
-        self._failed_starts = 0
+        self._pace = Pace()
         self._outcomes: deque[Outcome] = deque()
+        self._roster = Roster(pool, policy, clock, self.goodput, lambda text: self._outcomes.append(Notice(text)))
+        self._helper = Helper(self._roster, self._pace, policy)
+        self._work: dict[OrderKey, Work] = {}
+        self._retries: deque[Work] = deque()
+        self._short_since: float | None = None
+        """Since when there have been too few workers; infinite once that was said."""
 
     @property
     def workers(self) -> int:
         """Workers ready now."""
-        return len(self._ready)
+        return len(self._roster)
 
     @property
     def in_flight(self) -> int:
-        """Orders with workers."""
-        return sum(len(queue) for queue in self._ready.values())
+        """Attempts with workers, those among them that nobody waits for any more."""
+        return sum(len(member.queue) for member in self._roster)
 
     @property
     def room(self) -> int:
         """Orders that may be submitted now; retries come first."""
-        return self._limit * len(self._ready) - self.in_flight - len(self._retries)
+        return sum(max(0, self._policy.in_flight - len(m.queue)) for m in self._roster.open) - len(self._retries)
 
     def submit(self, order: Order, handle: Handle) -> None:
-        """Queue an order on the least loaded worker.
+        """Queue an order on the worker that will have done it first.
 
         Raises:
             ValueError: there is no room, or the order is under way already.
@@ -128,170 +147,350 @@ class Dispatcher:
         if self.room < 1 or key in self._work:
             why = "it is under way" if key in self._work else "no worker has room"
             raise ValueError(f"{describe(order)} cannot be submitted: {why}")
-        self._work[key] = _Work(order, handle)
-        self._send(self._work[key])
+        verified = isinstance(order, ShardTask) and chosen_for_verification(order.shard, self._policy.verify)
+        work = self._work[key] = Work(order, handle, verified, submitted=self._clock())
+        self._send(work)
+        if verified:
+            self._retry(work)
 
     def forget(self) -> None:
-        """Wait for nothing that is in flight any more; workers are busy with it until it is done."""
+        """Wait for nothing that is in flight any more; workers are told to pass over what they have not begun."""
+        for work in self._work.values():
+            self._release(work)
         self._work.clear()
         self._retries.clear()
-        self._outcomes = deque(o for o in self._outcomes if isinstance(o, Failure | Joined))
+        self._outcomes = deque(o for o in self._outcomes if isinstance(o, Failure | Notice | Joined))
 
     def next(self, timeout: float) -> Outcome | None:
         """The next outcome, or ``None`` if there is none within ``timeout`` seconds.
 
         Raises:
             PoisonShardError: an order failed in all its attempts.
+            NumericsError: workers differ on a verified shard, and no third one can tell who is right.
             ClusterError: workers fail to start again and again.
         """
         if not self._outcomes:
-            event = self._pool.wait(timeout)
+            self._act()
+        if not self._outcomes:
+            event = self._pool.wait(max(SOON, min(timeout, self._until_due())))
             if event is not None:
                 self._handle(event)
-            self._retries = deque(work for work in self._retries if not self._send(work))
+            self._send_retries()
         return self._outcomes.popleft() if self._outcomes else None
+
+    # ------------------------------------------------------------------------------------------------------ what is due
+
+    def _act(self) -> None:
+        """What time asks for: new workers, the end of hung ones, help for slow ones."""
+        self._roster.start_due()
+        for member in self._helper.hung(self._clock()):
+            self._hang(member)
+        self._send_retries()
+        if not self._retries:
+            for attempt, helper in self._helper.moves(self._clock()):
+                running = attempt is attempt.member.running
+                if not running:
+                    self._recall(attempt)
+                self._start(attempt.work, helper, copy=running)
+        self._say_if_short()
+
+    def _until_due(self) -> float:
+        now = self._clock()
+        due = [when for when in (self._roster.next_due, self._helper.next_due(now)) if when is not None]
+        return min(due, default=float("inf")) - now
+
+    def _say_if_short(self) -> None:
+        least, there, now = self._roster.least, len(self._roster), self._clock()
+        if there >= least:
+            self._short_since = None
+        elif self._short_since is None:
+            self._short_since = now
+        elif now - self._short_since > SHORT_SECONDS:
+            self._short_since = float("inf")
+            self._outcomes.append(Notice(f"{there} of at least {least} workers are there: waiting for more"))
+
+    # ----------------------------------------------------------------------------------------------------------- events
 
     def _handle(self, event: Event) -> None:
         match event:
             case WorkerReady(slot, hello):
-                self._ready[slot] = []
-                self._failed_starts = 0
+                self._roster.join(slot, hello)
                 self._outcomes.append(Joined(hello))
             case Reply():
-                self._settle(event)
+                self._reply(event)
+            case Skipped(slot, order):
+                self._leave_queue(slot, order)
+            case NodesChanged(alive, draining):
+                self._drain(self._roster.nodes(alive, draining))
             case Failed(order=None):
-                self._failed_starts += 1
-                if self._failed_starts >= START_FAILURES:
-                    raise ClusterError(f"workers fail to start: {event.message}")
+                self._roster.fail_start(event.slot, event.message)
                 self._outcomes.append(Failure("worker_lost", f"worker {event.slot} failed to start: {event.message}"))
-                self._pool.replace(event.slot)
+                self._roster.start_due()
             case Failed():
                 self._fail(event)
 
-    def _settle(self, reply: Reply) -> None:
-        queue = self._ready.get(reply.slot, [])
-        if reply.order not in queue:
-            return
-        queue.remove(reply.order)
-        key, work = order_key(reply.order), self._current(reply.order)
-        if work is None:
-            return
-        if isinstance(reply.result, Contribution) and reply.result.content_digest() != reply.result.digest:
-            self._fault(work, Failed(reply.slot, reply.order, "shard_error", "its reply was damaged on its way"))
-            return
-        if isinstance(reply.result, EvaluationPart):
-            del self._work[key]
-            self._outcomes.append(Evaluated(reply.result))
-            return
-        self._judge(key, work, reply.result, reply)
+    def _leave_queue(self, slot: int, order: Order) -> tuple[Attempt, float] | None:
+        """The attempt that a worker is done with and its seconds; ``None`` for one of a worker that is gone."""
+        member = self._roster.get(slot)
+        attempt = next((a for a in member.queue if a.order == order), None) if member is not None else None
+        if member is None or attempt is None:
+            return None
+        now = self._clock()
+        seconds, member.since = now - member.since, now
+        member.queue.remove(attempt)
+        if attempt in attempt.work.live:
+            attempt.work.live.remove(attempt)
+        if member.draining and not member.queue:
+            self._roster.retire(member)
+        return attempt, seconds
 
-    def _current(self, order: Order) -> _Work | None:
-        """The work that an attempt is for, unless it was forgotten."""
-        work = self._work.get(order_key(order))
-        return work if work is not None and work.order == order else None
+    def _reply(self, reply: Reply) -> None:
+        left = self._leave_queue(reply.slot, reply.order)
+        if left is None:
+            if isinstance(reply.result, Contribution):
+                self.goodput.lose("late")
+            return
+        attempt, seconds = left
+        member, work, result = attempt.member, attempt.work, reply.result
+        self._pace.add(member, reply.order, seconds)
+        self._roster.did_something(member)
+        if isinstance(result, Contribution) and result.content_digest() != result.digest:
+            self.goodput.lose("damaged", seconds)
+            if not work.settled:
+                failed = Failed(reply.slot, reply.order, "shard_error", "its reply was damaged on its way")
+                self._fault(attempt, failed)
+        elif isinstance(result, EvaluationPart):
+            if not work.settled:
+                self._settle(work)
+                self._outcomes.append(Evaluated(result))
+        elif work.settled:
+            self._superfluous(attempt, result, seconds)
+        else:
+            self._judge(attempt, result, seconds, reply.size)
 
-    def _judge(self, key: OrderKey, work: _Work, contribution: Contribution, reply: Reply) -> None:
-        """Accept a finite contribution; ask once more for a non-finite one (design, section 3)."""
-        shard, first = contribution.shard, work.first
-        if not contribution.finite and first is None:
-            work.first = contribution
-            message = f"shard {shard} from worker {reply.slot} is not finite: asked again"
+    def _superfluous(self, attempt: Attempt, contribution: Contribution, seconds: float) -> None:
+        """The reply of a copy that came second: of no use but for comparing."""
+        accepted = attempt.work.accepted
+        self.goodput.lose("late" if accepted is None else "copy", seconds)
+        if accepted is not None and not agree(accepted, contribution):
+            what = f"shard {contribution.shard}: worker {accepted.worker} and worker {contribution.worker} differ"
+            self._outcomes.append(Failure("duplicate_mismatch", f"{what}; the first one's contribution was taken"))
+
+    # --------------------------------------------------------------------------------------------------------- verdicts
+
+    def _judge(self, attempt: Attempt, contribution: Contribution, seconds: float, size: int) -> None:
+        """Accept a contribution, or ask another worker too (design, section 3: wrong answers)."""
+        work, member = attempt.work, attempt.member
+        work.opinions.append((member, contribution))
+        work.tried.append(member)
+        if not contribution.finite and len(work.opinions) == 1:
+            work.suspect = member
+            message = f"shard {contribution.shard} from worker {member.slot} is not finite: asked again"
             self._outcomes.append(Failure("nonfinite", message))
-            work.tried.add(reply.slot)
-            work.suspect = reply.slot
-            self._retry(work)
+        if len(work.opinions) == 1 and contribution.finite and not work.verified:
+            self._accept(work, contribution, size)
             return
-        # Bits are compared within one fingerprint class only.
-        same_class = first is not None and contribution.fingerprint == first.fingerprint
-        if first is not None and (contribution.finite or (same_class and contribution.digest != first.digest)):
-            verdict = "finite there" if contribution.finite else "other bits"
-            message = f"shard {shard}: worker {first.worker} and worker {contribution.worker} differ ({verdict})"
-            self._outcomes.append(Failure("duplicate_mismatch", f"{message}; worker {first.worker} is suspect"))
-        del self._work[key]
+        group = largest_agreement(work.opinions)
+        if len(work.opinions) > 1 and (len(group) > 1 or not work.verified):
+            self._agree(work, group, seconds, size)
+        elif len(work.opinions) == 1:
+            if not work.live and work not in self._retries:
+                self._retry(work)
+        else:
+            self._dispute(work)
+
+    def _agree(self, work: Work, group: list[tuple[Member, Contribution]], seconds: float, size: int) -> None:
+        """Settle an order on which there are two equal opinions, or, where none are asked for, a second one."""
+        first, last = work.opinions[0][1], work.opinions[-1][1]
+        chosen = group[-1][1] if len(group) > 1 else last
+        odd = [member for member, contribution in work.opinions if not agree(chosen, contribution)]
+        if len(group) == 1:
+            verdict = "finite there" if last.finite else "other bits"
+            what = f"shard {last.shard}: worker {first.worker} and worker {last.worker} differ ({verdict})"
+            self._outcomes.append(Failure("duplicate_mismatch", f"{what}; worker {first.worker} is suspect"))
+        else:
+            what = f"shard {chosen.shard}: worker {{}} gives other bits than {len(group)} others; it is replaced"
+            self._outcomes.extend(Failure("duplicate_mismatch", what.format(member.slot)) for member in odd)
+        wasted: Loss = "verification" if work.verified else "nonfinite"
+        self.goodput.lose(wasted, seconds * (len(work.opinions) - 1), len(work.opinions) - 1)
+        self._accept(work, chosen, size)
+        for member in odd if len(group) > 1 else []:
+            if self._roster.get(member.slot) is member:
+                self._lost(self._roster.expel(member), "error")
+        self._roster.start_due()
+
+    def _dispute(self, work: Work) -> None:
+        """All opinions differ: ask one worker more, if there can be one.
+
+        Raises:
+            NumericsError: there can be none, or three differ already.
+        """
+        workers = [member.slot for member, _ in work.opinions]
+        if len(work.opinions) > 2 or self._pool.size < 3:
+            raise NumericsError(
+                f"{describe(work.order)}: workers {workers} give different bits, and no further one can tell who is "
+                f"right{self._command(work.order)}"
+            )
+        self._outcomes.append(
+            Failure("duplicate_mismatch", f"{describe(work.order)}: workers {workers} differ; a third one is asked")
+        )
+        self._retry(work)
+
+    def _accept(self, work: Work, contribution: Contribution, size: int) -> None:
+        work.accepted = contribution
+        self._settle(work)
         seconds = self._clock() - work.submitted
-        self._outcomes.append(Accepted(contribution, contribution.finite, seconds, reply.size))
+        self._outcomes.append(Accepted(contribution, contribution.finite, seconds, size))
+
+    def _settle(self, work: Work) -> None:
+        del self._work[order_key(work.order)]
+        self._release(work)
+        if work in self._retries:
+            self._retries.remove(work)
+
+    def _release(self, work: Work) -> None:
+        """Nobody waits for an order any more: its attempts that are not begun need not be."""
+        work.settled = True
+        for attempt in list(work.live):
+            if attempt is not attempt.member.running:
+                self._recall(attempt)
+
+    # --------------------------------------------------------------------------------------------------------- failures
 
     def _fail(self, failed: Failed) -> None:
         assert failed.order is not None
-        queue = self._ready.get(failed.slot, [])
-        if failed.order not in queue:
+        member = self._roster.get(failed.slot)
+        if member is None or not any(attempt.order == failed.order for attempt in member.queue):
             return
         if failed.kind == "worker_lost":
-            del self._ready[failed.slot]
-            self._lose(queue, failed)
-            self._pool.replace(failed.slot)
+            queue = self._roster.lose(member)
+            count = sum(not attempt.work.settled and not attempt.recalled for attempt in queue)
+            message = f"worker {failed.slot} lost ({failed.message}); replacing it, {count} order(s) reissued"
+            self._outcomes.append(Failure("worker_lost", message))
+            self._lost(queue, "worker", failed)
+            self._roster.start_due()
             return
-        queue.remove(failed.order)
-        work = self._current(failed.order)
-        if work is not None:
-            self._fault(work, failed)
+        left = self._leave_queue(failed.slot, failed.order)
+        assert left is not None
+        attempt, seconds = left
+        self.goodput.lose("error", seconds)
+        if not attempt.work.settled:
+            self._fault(attempt, failed)
 
-    def _fault(self, work: _Work, failed: Failed) -> None:
+    def _fault(self, attempt: Attempt, failed: Failed) -> None:
         """An attempt failed on a worker that lives on."""
+        work, member = attempt.work, attempt.member
         self._outcomes.append(Failure("shard_error", f"{describe(work.order)} failed: {failed.message}"))
-        work.tried.add(failed.slot)
-        work.suspect = failed.slot if work.first is None else work.suspect
-        self._blame(work, failed)
+        work.tried.append(member)
+        work.suspect = member if not work.opinions else work.suspect
+        self._blame(work, member, failed)
 
-    def _lose(self, queue: list[Order], failed: Failed) -> None:
-        lost = [self._current(order) for order in queue]
-        count = sum(work is not None for work in lost)
-        message = f"worker {failed.slot} lost ({failed.message}); replacing it, {count} order(s) reissued"
-        self._outcomes.append(Failure("worker_lost", message))
-        for any_work in self._work.values():
-            # The slot's next worker is a new one, which nothing speaks against.
-            any_work.tried.discard(failed.slot)
-            any_work.suspect = None if any_work.suspect == failed.slot else any_work.suspect
-        for place, work in enumerate(lost):
-            # Only what the worker was computing may have killed it; what waited behind it is merely reissued.
-            if work is not None and place == 0:
-                self._blame(work, failed)
-            elif work is not None:
+    def _hang(self, member: Member) -> None:
+        """A worker has computed one order for too long: it is given up."""
+        attempt = member.running
+        assert attempt is not None
+        seconds = self._clock() - member.since
+        what = f"{describe(attempt.order)} has taken worker {member.slot} {seconds:.1f} s, past its deadline"
+        self._outcomes.append(Failure("deadline", f"{what}: the worker is taken for hung and replaced"))
+        failed = Failed(member.slot, attempt.order, "worker_lost", f"no answer within {seconds:.1f} s")
+        self._lost(self._roster.lose(member), "deadline", failed)
+        self._roster.start_due()
+
+    def _drain(self, members: list[Member]) -> None:
+        """Workers on nodes that are about to go finish what they compute; the rest of their orders go elsewhere."""
+        for member in members:
+            node = member.hello.node
+            self._outcomes.append(Notice(f"worker {member.slot} leaves {node}, which is being drained"))
+            for attempt in member.queue[1:]:
+                if not attempt.recalled and not attempt.work.settled:
+                    self._recall(attempt)
+                    if not attempt.work.live and attempt.work not in self._retries:
+                        self._retry(attempt.work)
+            if not member.queue:
+                self._roster.retire(member)
+
+    def _lost(self, queue: list[Attempt], cause: Loss, failed: Failed | None = None) -> None:
+        """What a worker had that is gone: only what it computed may have been its end, the rest is merely reissued."""
+        for place, attempt in enumerate(queue):
+            work, member = attempt.work, attempt.member
+            if attempt in work.live:
+                work.live.remove(attempt)
+            if place == 0:
+                self.goodput.lose(cause, self._clock() - member.since)
+                self._pace.leave(member)
+            if work.settled or attempt.recalled:
+                continue
+            if place == 0 and failed is not None:
+                work.tried.append(member)
+                self._blame(work, member, failed)
+            elif not work.live and work not in self._retries:
                 self._retry(work)
 
-    def _blame(self, work: _Work, failed: Failed) -> None:
-        work.failures += 1
-        if work.failures >= self._attempts:
-            raise PoisonShardError(
-                f"{describe(work.order)} failed {work.failures} times, the last time on worker {failed.slot}: "
-                f"{failed.message}" + (f"\n{failed.detail}" if failed.detail else "")
-            )
-        self._retry(work)
+    def _blame(self, work: Work, member: Member, failed: Failed) -> None:
+        """An attempt failed; too many end the run.
 
-    def _retry(self, work: _Work) -> None:
-        work.order = replace(work.order, attempt=work.order.attempt + 1)
+        Raises:
+            PoisonShardError: this was one too many.
+        """
+        work.failures.append((member, failed))
+        if len(work.failures) >= self._policy.attempts:
+            each = "; ".join(f"worker {m.slot} on {m.hello.node}: {f.message}" for m, f in work.failures)
+            details = "".join(f"\n{text}" for text in dict.fromkeys(f.detail for _, f in work.failures) if text)
+            raise PoisonShardError(
+                f"{describe(work.order)} failed {len(work.failures)} times ({each}){self._command(work.order)}{details}"
+            )
+        if not work.live and work not in self._retries:
+            self._retry(work)
+
+    def _command(self, order: Order) -> str:
+        """How to compute an order alone, as the end of a sentence."""
+        if self.reproduce is None or not isinstance(order, ShardTask):
+            return ""
+        return f"; reproduce it alone by `{self.reproduce(order)}`"
+
+    # ---------------------------------------------------------------------------------------------------------- sending
+
+    def _retry(self, work: Work) -> None:
         self._retries.append(work)
 
-    def _send(self, work: _Work) -> bool:
-        """Submit the order's current attempt; ``False`` while no worker that may take it has room."""
-        slot = self._choose(work)
-        if slot is None:
+    def _send_retries(self) -> None:
+        self._retries = deque(work for work in self._retries if not self._send(work))
+
+    def _send(self, work: Work) -> bool:
+        """Make an attempt at an order; ``False`` while no worker that may take it has room."""
+        member = self._choose(work)
+        if member is None:
             return False
-        self._ready[slot].append(work.order)
-        work.submitted = self._clock()
-        self._pool.submit(slot, work.order, work.handle)
+        self._start(work, member)
         return True
 
-    def _choose(self, work: _Work) -> int | None:
-        """The least loaded worker that may take an order, if one of them has room.
+    def _start(self, work: Work, member: Member, *, copy: bool = False) -> None:
+        if not member.queue:
+            member.since = self._clock()
+        attempt = work.attempt(member, copy=copy)
+        self._pool.submit(member.slot, attempt.order, work.handle)
+
+    def _recall(self, attempt: Attempt) -> None:
+        """Tell a worker to pass over an order that it has not begun."""
+        attempt.recalled = True
+        if attempt in attempt.work.live:
+            attempt.work.live.remove(attempt)
+        self._pool.recall(attempt.member.slot, attempt.order)
+
+    def _choose(self, work: Work) -> Member | None:
+        """The worker that may take an order and will have done it first, if one of them has room.
 
         A retry rather waits for another worker's turn than go back to one that has tried it; the suspect is asked again
         only where there is nobody else.
         """
-        fresh = [slot for slot in self._ready if slot not in work.tried]
-        others = [slot for slot in self._ready if slot != work.suspect]
-        free = [slot for slot in fresh or others or self._ready if len(self._ready[slot]) < self._limit]
-        return min(free, key=lambda slot: (len(self._ready[slot]), slot), default=None)
-
-
-def order_key(order: Order) -> OrderKey:
-    """What an order is about, whatever the attempt."""
-    return replace(order, attempt=0)
-
-
-def describe(order: Order) -> str:
-    """An order in words, with its episode ids."""
-    last = order.first_episode + order.episodes - 1
-    if isinstance(order, EvaluationTask):
-        return f"evaluation of {order.split} episodes {order.first_episode}–{last}"
-    return f"shard {order.shard} (episodes {order.first_episode}–{last})"
+        members = self._roster.open
+        busy_with_it = [attempt.member for attempt in work.live]
+        fresh = [m for m in members if m not in work.tried and m not in busy_with_it]
+        if len(work.opinions) > 1:  # nobody settles a dispute who has a part in it
+            members = fresh
+        if work.verified and self._pool.size > 1:  # and nobody verifies what is its own
+            members = [m for m in members if all(m is not asked for asked, _ in work.opinions)]
+        others = [m for m in members if m is not work.suspect and m not in busy_with_it]
+        alone = [m for m in members if m not in busy_with_it]
+        free = [m for m in fresh or others or alone if len(m.queue) < self._policy.in_flight]
+        return min(free, key=lambda m: (self._helper.backlog(m, work.order), len(m.queue), m.slot), default=None)

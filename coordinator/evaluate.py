@@ -21,7 +21,7 @@ from coordinator import checkpoint as checkpoints
 from coordinator.capacity import refuse_unaffordable
 from coordinator.commands import EvaluationOptions
 from coordinator.crew import ray_crew
-from coordinator.dispatch import Failure, Joined
+from coordinator.dispatch import Failure, Joined, Notice
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
 from coordinator.replay import check_config, check_source
@@ -71,9 +71,9 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _notice(source: EpisodeSource, outcome: Failure | Joined) -> None:
+def _notice(source: EpisodeSource, outcome: Failure | Notice | Joined) -> None:
     """Say what failed; refuse a worker that reads other data."""
-    if isinstance(outcome, Failure):
+    if not isinstance(outcome, Joined):
         _say(outcome.message)
     else:
         check_data(source.digest, source.split_digest, outcome.hello)

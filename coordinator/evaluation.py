@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cluster.config.run import RunConfig
 from cluster.config.sections import BatchNorm
 from cluster.messages import EvaluationPart, EvaluationTask, Published, SplitName
-from coordinator.dispatch import Dispatcher, Evaluated, Failure, Joined
+from coordinator.dispatch import Dispatcher, Evaluated, Failure, Joined, Notice
 from coordinator.pool import Pool
 from metaworker.learners import default_batch_norm
 from metaworker.scores import EvaluationScores, combine
@@ -67,7 +67,7 @@ def evaluate_now(
     pool: Pool,
     published: Published,
     request: EvaluationRequest,
-    notice: Callable[[Failure | Joined], None],
+    notice: Callable[[Failure | Notice | Joined], None],
 ) -> EvaluationScores:
     """Evaluate while nothing else is computed; ``notice`` hears of failures and of workers that join meanwhile.
 
@@ -87,5 +87,5 @@ def evaluate_now(
                 scores = collector.add(part)
                 if scores is not None:
                     return scores
-            case (Failure() | Joined()) as outcome:
+            case (Failure() | Notice() | Joined()) as outcome:
                 notice(outcome)

@@ -1,7 +1,7 @@
 """Where orders are computed: the interface between the dispatcher and the workers, and the pool of this very process.
 
-    dispatcher -> submit(slot, order, handle), publish(published) -> handle, replace(slot)
-    dispatcher <- wait(timeout) -> WorkerReady | Reply | Failed
+    dispatcher -> submit(slot, order, handle), recall(slot, order), publish(published) -> handle, replace(slot, avoid)
+    dispatcher <- wait(timeout) -> WorkerReady | Reply | Skipped | Failed | NodesChanged
 
 The Ray pool (``ray_pool``) and ``InProcessPool`` implement it; so does the scripted fake in the tests.
 """
@@ -53,7 +53,25 @@ class Failed:
     """The worker's traceback, where there is one."""
 
 
-Event = WorkerReady | Reply | Failed
+@dataclass(frozen=True)
+class Skipped:
+    """A worker has passed over an order that was recalled before it had begun it."""
+
+    slot: int
+    order: Order
+
+
+@dataclass(frozen=True)
+class NodesChanged:
+    """Nodes have joined, left, or are about to leave."""
+
+    alive: frozenset[str]
+    """Ids of the nodes that are there."""
+    draining: frozenset[str]
+    """Of those that are about to go."""
+
+
+Event = WorkerReady | Reply | Skipped | Failed | NodesChanged
 
 
 class Pool(Protocol):
@@ -61,7 +79,7 @@ class Pool(Protocol):
 
     @property
     def size(self) -> int:
-        """How many slots there are."""
+        """How many slots there are; more after nodes have joined."""
         ...
 
     def publish(self, published: Published) -> Handle:
@@ -72,12 +90,22 @@ class Pool(Protocol):
         """Queue an order on a ready worker."""
         ...
 
+    def recall(self, slot: int, order: Order) -> None:
+        """Tell a worker to pass over an order; ``Skipped`` follows, or ``Reply`` if it had begun it already."""
+        ...
+
     def wait(self, timeout: float) -> Event | None:
         """The next event, or ``None`` after ``timeout`` seconds."""
         ...
 
-    def replace(self, slot: int) -> None:
-        """Start a new worker in the slot of a lost one; ``WorkerReady`` follows, or ``Failed`` without an order."""
+    def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
+        """Start a new worker in the slot of one that is lost, or that this ends; ``WorkerReady`` follows, or ``Failed``
+        without an order.
+
+        Args:
+            slot: whose.
+            avoid: ids of nodes on which it must not be.
+        """
         ...
 
     def close(self) -> None:
@@ -116,7 +144,10 @@ class InProcessPool:
         result = self._worker.answer(published, order)
         return Reply(0, order, result, payload_bytes(result))
 
-    def replace(self, slot: int) -> None:
+    def recall(self, slot: int, order: Order) -> None:
+        """Nothing is computed before it is waited for: whatever is recalled is computed all the same."""
+
+    def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         """This process cannot replace itself."""
         raise MetafleetError("the in-process pool has no worker to replace")
 

@@ -26,7 +26,7 @@ from coordinator.aggregators import build_aggregator
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry, check_reaches, read_log
 from coordinator.crew import Crew
-from coordinator.dispatch import Failure, Joined
+from coordinator.dispatch import Failure, Joined, Notice
 from coordinator.history import read_history
 from coordinator.meta_state import MetaState
 from coordinator.replay import Replayer, check_config, check_source
@@ -179,12 +179,13 @@ def _go_on_async(
         # After a clean stop there is none, and nothing to compute.
         replayer = Replayer(config, learner, state, recent)
 
-        def notice(outcome: Failure | Joined) -> None:
+        def notice(outcome: Failure | Notice | Joined) -> None:
+            if isinstance(outcome, Joined):
+                check_worker(config, start.identity, outcome.hello)
+                return
             if isinstance(outcome, Failure):
                 progress.failures[outcome.kind] += 1
-                say(outcome.message)
-            else:
-                check_worker(config, start.identity, outcome.hello)
+            say(outcome.message)
 
         for _ in recompute_tail(replayer, tail, crew, notice, say):
             if _due(config, replayer.state.version):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from cluster.messages import Contribution
 from coordinator.commit_log import Entry
 from coordinator.crew import Crew
-from coordinator.dispatch import Accepted, Failure, Joined
+from coordinator.dispatch import Accepted, Failure, Joined, Notice
 from coordinator.evaluation import PATIENCE
 from coordinator.pool import Handle
 from coordinator.replay import REPORT_EVERY, Replayer
@@ -19,7 +19,7 @@ def recompute_tail(
     replayer: Replayer,
     tail: Sequence[Entry],
     crew: Crew,
-    notice: Callable[[Failure | Joined], None],
+    notice: Callable[[Failure | Notice | Joined], None],
     say: Callable[[str], None],
 ) -> Iterator[Entry]:
     """Apply the entries of ``tail`` to ``replayer``, in parallel as far as their base versions allow; yields each.
@@ -52,7 +52,7 @@ def recompute_tail(
             match crew.dispatcher.next(PATIENCE):
                 case Accepted(contribution):
                     arrived[contribution.shard] = contribution
-                case (Failure() | Joined()) as outcome:
+                case (Failure() | Notice() | Joined()) as outcome:
                     notice(outcome)
         replayer.apply(entry, lambda _, task: arrived.pop(task.shard))
         yield entry

@@ -24,7 +24,7 @@ from coordinator.aggregators.asynchronous import staleness_weight
 from coordinator.aggregators.base import Aggregator, Dropped, Update
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
-from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome
+from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Notice, Outcome
 from coordinator.evaluation import PATIENCE, EvaluationCollector, EvaluationRequest
 from coordinator.history import CommitRecord, ValidationRecord
 from coordinator.meta_state import MetaState
@@ -171,10 +171,10 @@ class Trainer:
                 self._contribution(outcome)
             case Evaluated(part):
                 self._validated(part)
-            case Failure() | Joined():
+            case Failure() | Notice() | Joined():
                 self.notice(outcome)
 
-    def notice(self, outcome: Failure | Joined) -> None:
+    def notice(self, outcome: Failure | Notice | Joined) -> None:
         """Count and show a failure that was dealt with; check a worker that joins.
 
         Raises:
@@ -184,6 +184,8 @@ class Trainer:
         if isinstance(outcome, Failure):
             self.progress.failures[outcome.kind] += 1
             self._r.metrics.failure(outcome.kind)
+            self._r.view.message(outcome.message)
+        elif isinstance(outcome, Notice):
             self._r.view.message(outcome.message)
         else:
             self._welcome(outcome.hello)

@@ -337,6 +337,24 @@ class Execution(Section):
     """Shards in flight for each worker."""
     attempts: int = Field(default=3, ge=1)
     """Failed attempts of one shard after which it is a poison shard and the run stops."""
+    min_workers: int = Field(default=1, ge=1)
+    """Workers below which the run waits for more."""
+    verify: float = Field(default=0.0, ge=0, le=1)
+    """Share of the shards that two workers compute before the commit, compared bit for bit; a third one settles it."""
+    speculation: float = Field(default=1.5, ge=0)
+    """Idle workers take over what waits behind slower ones, and copy what has taken so many medians; 0 for never."""
+    copies: float = Field(default=0.25, ge=0, le=1)
+    """Most speculative copies at a time, as a share of the workers; at least one."""
+    deadline: float = Field(default=20.0, ge=0)
+    """Running medians of a shard's time after which its worker is taken for hung and replaced; 0 for never."""
+    deadline_floor: float = Field(default=60.0, gt=0)
+    """Least seconds of a deadline; ten times as many while no median is known."""
+    backoff: float = Field(default=1.0, gt=0)
+    """Seconds before a slot's second new worker in a row; doubled each time, a minute at most."""
+    node_failures: int = Field(default=3, ge=1)
+    """Failures within execution.quarantine after which a node gets no new workers for as long, if there is another."""
+    quarantine: float = Field(default=300.0, gt=0)
+    """Seconds that a failing node is kept out."""
     pool: Literal["strict", "mixed"] = "strict"
     """Whether workers of different hardware are refused (strict) or the run is labelled mixed, its bits unpromised."""
     other_hardware: bool = False

@@ -37,11 +37,12 @@ from cluster.messages import (
     WorkerHello,
 )
 from cluster.metrics import Metrics, RunInfo
+from coordinator.attempts import Policy
 from coordinator.commit_log import read_log
 from coordinator.crew import Crew
 from coordinator.dispatch import Dispatcher, Joined
 from coordinator.meta_state import MetaState
-from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, WorkerReady
+from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, Skipped, WorkerReady
 from coordinator.recorder import Recorder
 from coordinator.replay import Replayer
 from coordinator.run_dir import RunDirectory, RunIdentity
@@ -157,6 +158,7 @@ class FakePool:
         """Events of dead workers that still have to arrive; a test moves them by ``release``."""
         self.submitted: list[tuple[int, Order]] = []
         self.replaced: list[int] = []
+        self.recalled: list[tuple[int, Order]] = []
         self.suspects: dict[Order, int] = {}
         """Who gave a non-finite reply or failed at an order: another worker has to be asked, where there is one."""
 
@@ -205,7 +207,11 @@ class FakePool:
                 self._attempts.pop(identity(order), None)  # settled, and may be ordered again
         return event
 
-    def replace(self, slot: int) -> None:
+    def recall(self, slot: int, order: Order) -> None:
+        assert order in self._workers[slot].orders[1:], f"{order} was begun, or is not worker {slot}'s"
+        self.recalled.append((slot, order))
+
+    def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         assert slot in self._lost, f"worker {slot} is replaced without having been lost"
         self._lost.remove(slot)
         self._starting.add(slot)
@@ -255,7 +261,9 @@ class FakePool:
 
     def reply(self, slot: int, result: Contribution | EvaluationPart | None = None) -> None:
         """A worker has computed its first order."""
-        self._events.append(self._computed(slot, self._workers[slot].orders.pop(0), result))
+        order = self._workers[slot].orders.pop(0)
+        passed = (slot, order) in self.recalled
+        self._events.append(Skipped(slot, order) if passed else self._computed(slot, order, result))
 
     def error(self, slot: int, message: str = "ValueError: scripted", detail: str = "Traceback …") -> None:
         """A worker's code has raised at its first order."""
@@ -374,8 +382,11 @@ class WatchedPool:
             self._watch(self._replies)
         return event
 
-    def replace(self, slot: int) -> None:
-        self._pool.replace(slot)
+    def recall(self, slot: int, order: Order) -> None:
+        self._pool.recall(slot, order)
+
+    def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
+        self._pool.replace(slot, avoid)
 
     def close(self) -> None:
         self._pool.close()
@@ -431,7 +442,7 @@ def drive(
         worker.fingerprint, worker.fingerprint_detail = hardware, {"cpu": hardware}
     first = WorkerHello(0, 0, "here", source.digest, source.split_digest, worker.fingerprint, worker.fingerprint_detail)
     pool = WatchedPool(InProcessPool(worker, first), watch)
-    dispatcher = Dispatcher(pool, config.execution.in_flight, config.execution.attempts)
+    dispatcher = Dispatcher(pool, Policy.of(config.execution))
     assert isinstance(dispatcher.next(1.0), Joined)
     with ExitStack() as stack:
         if resume:

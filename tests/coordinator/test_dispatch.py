@@ -17,11 +17,14 @@ from cluster.errors import ClusterError, PoisonShardError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, ShardTask
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Counted, Dropped, Update
-from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome, describe
+from coordinator.attempts import Policy, describe
+from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome
 from coordinator.pool import Order
 from tests.coordinator.harness import FakePool, answer, contribution
 
 NAN = float("nan")
+NOW = 1e-9
+"""Seconds until a lost worker is replaced again."""
 
 
 def shard(number: int, version: int = 0) -> ShardTask:
@@ -54,7 +57,7 @@ def drain(dispatcher: Dispatcher, pool: FakePool) -> list[Outcome]:
 def started(slots: int, limit: int = 2, attempts: int = 3, **options: object) -> tuple[Dispatcher, FakePool]:
     """A dispatcher whose workers are all ready."""
     pool = FakePool(slots, limit, **options)  # type: ignore[arg-type]
-    dispatcher = Dispatcher(pool, limit, attempts)
+    dispatcher = Dispatcher(pool, Policy(limit, attempts, backoff=NOW))
     pool.ready()
     assert [type(outcome) for outcome in drain(dispatcher, pool)] == [Joined] * slots
     return dispatcher, pool
@@ -78,7 +81,7 @@ def accepted(outcomes: list[Outcome]) -> list[int]:
 
 def test_nobody_is_asked_before_being_ready() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, 2, 3)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
     assert (dispatcher.workers, dispatcher.room, dispatcher.next(1.0)) == (0, 0, None)
     with pytest.raises(ValueError, match=r"shard 0 \(episodes 0–7\) cannot be submitted: no worker has room"):
         submit(dispatcher, shard(0))
@@ -128,7 +131,7 @@ def test_one_piece_of_work_is_under_way_once() -> None:
 def test_replies_become_outcomes_in_the_order_of_completion_with_time_and_size() -> None:
     now = [100.0]
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, 2, 3, clock=lambda: now[0])
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW), clock=lambda: now[0])
     pool.ready()
     drain(dispatcher, pool)
     submit(dispatcher, shard(0))
@@ -325,10 +328,8 @@ def test_a_shard_that_fails_in_all_its_attempts_ends_the_run(attempts: int, how:
             if pool.starting:
                 pool.ready()
     message = "ValueError: scripted" if how == "error" else "the actor died"
-    assert str(caught.value) == (
-        f"shard 7 (episodes 56–63) failed {attempts} times, the last time on worker {(attempts - 1) % 2}: "
-        f"{message}\nTraceback …"
-    )
+    each = "; ".join(f"worker {number % 2} on node: {message}" for number in range(attempts))
+    assert str(caught.value) == f"shard 7 (episodes 56–63) failed {attempts} times ({each})\nTraceback …"
     assert len(pool.submitted) == attempts
 
 
@@ -336,7 +337,7 @@ def test_an_evaluation_that_fails_in_all_its_attempts_names_its_episodes() -> No
     dispatcher, pool = started(1, attempts=1)
     submit(dispatcher, evaluation(2))
     pool.error(0, detail="")
-    with pytest.raises(PoisonShardError, match=r"^evaluation of val episodes 20–29 failed 1 times.*scripted$"):
+    with pytest.raises(PoisonShardError, match=r"^evaluation of val episodes 20–29 failed 1 times.*scripted\)$"):
         drain(dispatcher, pool)
 
 
@@ -479,7 +480,7 @@ def test_nothing_speaks_against_a_new_worker_in_the_first_one_s_slot() -> None:
 
 def test_three_failed_starts_in_a_row_end_the_run() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, 2, 3)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
     pool.fail_start(0)
     (failure,) = drain(dispatcher, pool)
     assert failure == Failure("worker_lost", "worker 0 failed to start: no such luck")
@@ -493,7 +494,7 @@ def test_three_failed_starts_in_a_row_end_the_run() -> None:
 
 def test_a_start_that_works_forgives_the_failed_ones_before() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, 2, 3)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
     for _ in range(4):
         for _ in range(2):
             pool.fail_start(0)
@@ -627,7 +628,7 @@ class Simulation:
         self._versions = versions
         self.pool = FakePool(workers, 2, self._answer)
         self.aggregator = build_aggregator(config)
-        self.dispatcher = Dispatcher(self.pool, 2, attempts=1000)
+        self.dispatcher = Dispatcher(self.pool, Policy(2, attempts=1000, backoff=NOW))
         self.version = 0
         self.counted: list[Counted] = []
         self.happened: Counter[str] = Counter()

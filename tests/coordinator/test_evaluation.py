@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.config.sections import Conv4Strided, Evaluation, GlyphsData
 from cluster.messages import Published
+from coordinator.attempts import Policy
 from coordinator.dispatch import Dispatcher, Failure, Joined
 from coordinator.evaluation import PART, EvaluationCollector, EvaluationRequest, default_batch_norm, evaluate_now
 from metaworker.scores import combine
@@ -81,7 +82,7 @@ class Working(FakePool):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_whole_evaluation_survives_its_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Working(workers, lambda event: {2: "die", 4: "fail", 7: "die"}.get(event, ""))
-    dispatcher = Dispatcher(pool, 2, 3)
+    dispatcher = Dispatcher(pool, Policy(2, 3))
     pool.ready()
     for _ in range(workers):
         assert isinstance(dispatcher.next(1.0), Joined)

@@ -140,7 +140,7 @@ class Driver:
 
     def workers(self) -> list[int]:
         """Process ids of its local workers."""
-        return [pid for pid, name in self.family().items() if name.startswith("ray::WorkerActor")]
+        return [pid for pid, name in self.family().items() if name.startswith("ray::RayWorker")]
 
     def ray_folder(self) -> Path:
         """The temporary folder of its local cluster."""

@@ -1,0 +1,185 @@
+"""Who works: the ready workers, when lost ones are started again, and which nodes are kept out for a while.
+
+A lost worker is replaced at once; if its successor is lost too before it has done anything, the next one waits, each
+time twice as long. A node with too many failures gets no new workers for a while, as long as there is another one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cluster.errors import ClusterError
+from cluster.messages import WorkerHello
+from coordinator.attempts import Attempt, Member, Policy
+from coordinator.goodput import Goodput
+from coordinator.pool import Pool
+
+START_FAILURES = 3
+"""Failed starts in a row, over all slots, after which a run stops that has too few workers."""
+
+LONGEST_BACKOFF = 60.0
+"""Seconds."""
+
+
+@dataclass
+class _Slot:
+    """A place for a worker that has none now, or whose worker has done nothing yet."""
+
+    losses: int = 0
+    """In a row."""
+    lost_at: float | None = None
+    due: float | None = None
+    """When the next worker is to be started."""
+
+
+@dataclass
+class _Node:
+    failures: deque[float] = field(default_factory=deque)
+    until: float = 0.0
+    """Kept out until then."""
+
+
+class Roster:
+    """The workers of a pool.
+
+    Args:
+        pool: where they are started.
+        policy: when, and how many there must be.
+        clock: seconds, monotonic.
+        goodput: hears of recoveries.
+        say: hears of nodes that are kept out, in one line.
+    """
+
+    def __init__(
+        self, pool: Pool, policy: Policy, clock: Callable[[], float], goodput: Goodput, say: Callable[[str], None]
+    ) -> None:
+        self._pool = pool
+        self._policy = policy
+        self._clock = clock
+        self._goodput = goodput
+        self._say = say
+        self._members: dict[int, Member] = {}
+        self._slots: dict[int, _Slot] = defaultdict(_Slot)
+        self._nodes: dict[str, _Node] = defaultdict(_Node)
+        self._alive: frozenset[str] = frozenset()
+        self._draining: frozenset[str] = frozenset()
+        self._failed_starts = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        """The ready workers, by slot."""
+        return iter([self._members[slot] for slot in sorted(self._members)])
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def get(self, slot: int) -> Member | None:
+        """The ready worker of a slot."""
+        return self._members.get(slot)
+
+    @property
+    def open(self) -> list[Member]:
+        """Workers that may get orders: none while there are fewer than there must be."""
+        if len(self._members) < self.least:
+            return []
+        return [member for member in self if not member.draining]
+
+    @property
+    def least(self) -> int:
+        """Workers that there must be: two, where one is to verify what another computes, if there ever are two."""
+        return max(self._policy.min_workers, min(2, self._pool.size) if self._policy.verify else 1)
+
+    def join(self, slot: int, hello: WorkerHello) -> Member:
+        """A slot's worker is ready."""
+        now, place = self._clock(), self._slots[slot]
+        if place.lost_at is not None:
+            self._goodput.recovered(now - place.lost_at)
+            place.lost_at = None
+        self._failed_starts = 0
+        member = Member(slot, hello, now, draining=hello.node_id in self._draining)
+        self._members[slot] = member
+        return member
+
+    def did_something(self, member: Member) -> None:
+        """A worker has answered: its slot's losses are forgiven."""
+        if self._slots[member.slot].losses:
+            self._slots[member.slot].losses = 0
+
+    def lose(self, member: Member) -> list[Attempt]:
+        """A worker is lost, or given up; another one will come. Returns what it had, first what it computed."""
+        del self._members[member.slot]
+        self._blame(member.hello.node_id)
+        self._schedule(member.slot)
+        return member.queue
+
+    def fail_start(self, slot: int, message: str) -> None:
+        """A slot's worker could not be started.
+
+        Raises:
+            ClusterError: too often, and there are too few workers.
+        """
+        self._failed_starts += 1
+        if self._failed_starts >= START_FAILURES and len(self._members) < self.least:
+            raise ClusterError(f"workers fail to start: {message}")
+        self._schedule(slot)
+
+    def expel(self, member: Member) -> list[Attempt]:
+        """As ``lose``, of a worker that computes wrongly: its node is kept out at once, where there is another."""
+        for _ in range(self._policy.node_failures - 1):
+            self._blame(member.hello.node_id)
+        return self.lose(member)
+
+    def nodes(self, alive: frozenset[str], draining: frozenset[str]) -> list[Member]:
+        """The cluster has changed; returns the workers that are to finish what they compute and get nothing new."""
+        leaving = [m for m in self if m.hello.node_id in draining and not m.draining]
+        for member in self:
+            member.draining = member.hello.node_id in draining
+        self._alive, self._draining = alive, draining
+        return leaving
+
+    def retire(self, member: Member) -> None:
+        """A worker on a draining node is done; its slot gets another one elsewhere."""
+        del self._members[member.slot]
+        self._schedule(member.slot)
+
+    def start_due(self) -> None:
+        """Start the workers whose time has come."""
+        now = self._clock()
+        for slot, place in self._slots.items():
+            if place.due is not None and place.due <= now:
+                place.due = None
+                self._pool.replace(slot, self.avoided)
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """Nodes that get no new workers now."""
+        now = self._clock()
+        return self._draining | frozenset(name for name, node in self._nodes.items() if node.until > now)
+
+    @property
+    def next_due(self) -> float | None:
+        """When the next worker is to be started, if one is."""
+        return min((place.due for place in self._slots.values() if place.due is not None), default=None)
+
+    def _schedule(self, slot: int) -> None:
+        now, place = self._clock(), self._slots[slot]
+        if place.lost_at is None:
+            place.lost_at = now
+        wait = 0.0 if place.losses == 0 else min(LONGEST_BACKOFF, self._policy.backoff * 2.0 ** (place.losses - 1))
+        place.losses += 1
+        place.due = now + wait
+
+    def _blame(self, name: str) -> None:
+        """A failure on a node; too many keep it out for a while."""
+        if not name:
+            return
+        now, node = self._clock(), self._nodes[name]
+        node.failures.append(now)
+        while node.failures and node.failures[0] < now - self._policy.quarantine:
+            node.failures.popleft()
+        others = self._alive - self.avoided - {name}
+        if len(node.failures) >= self._policy.node_failures and others and node.until <= now:
+            node.until = now + self._policy.quarantine
+            node.failures.clear()
+            self._say(f"node {name[:12]} keeps failing: no new workers there for {self._policy.quarantine:g} s")
