@@ -53,7 +53,7 @@ FOLDER, OWNER = "metafleet-ray-", "owner"
 
 @dataclass(frozen=True)
 class ClusterResources:
-    """What a cluster has, by Ray's names: CPU, GPU, memory …"""
+    """What a cluster has, by Ray's names, for instance CPU and GPU."""
 
     total: Callable[[], Mapping[str, float]]
     """What all its nodes have together now."""

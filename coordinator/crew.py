@@ -17,7 +17,6 @@ from coordinator.dispatch import Dispatcher, Failure, Joined, Notice
 from coordinator.evaluation import PATIENCE
 from coordinator.pool import Pool
 
-
 FREE_SECONDS = 10.0
 """How long room for one worker is waited for on a cluster that would have some."""
 
