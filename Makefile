@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint bench wheel clean
+.PHONY: help install train test lint bench soak wheel clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: $(INSTALLED) ## style, types and import layers
 
 bench: $(INSTALLED) ## measure speed side by side; run nothing else meanwhile
 	@$(BIN)/python -m benchmarks
+
+soak: $(INSTALLED) ## kill workers and drivers for half an hour (METAFLEET_SOAK_MINUTES) and compare the bits
+	@$(BIN)/python -m pytest -m soak tests/system/test_soak.py -s
 
 wheel: $(INSTALLED) ## build a wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 from benchmarks.timed_actor import TimedActor, TimedContribution
+from cluster.config.loading import with_execution
 from cluster.config.run import RunConfig
 from cluster.episodes import open_source
 from cluster.messages import Published, WorkerHello
@@ -127,6 +128,7 @@ class Fleet:
 @contextmanager
 def fleet(config: RunConfig, workers: int) -> Iterator[Fleet]:
     """A fleet on the connected Ray cluster; its workers end with the block."""
+    config = with_execution(config, workers=workers)
     with TemporaryDirectory(prefix="metafleet-benchmark-") as folder:
         pool = RayPool(config, workers, cast(type[WorkerActor], TimedActor))
         try:
@@ -160,7 +162,10 @@ class _Tap:
             self.spans.append(Span(found.worker, found.base_version, spent.idle_seconds, busy, found.finished))
         return event
 
-    def replace(self, slot: int) -> None:
+    def recall(self, slot: int, order: Order) -> None:
+        self._pool.recall(slot, order)
+
+    def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         raise RuntimeError(f"worker {slot} was lost during a measurement: run it again")
 
     def close(self) -> None:

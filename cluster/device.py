@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -80,6 +81,11 @@ def cpu_name(cpuinfo: str) -> str:
     flags = [flag for flag in fields["flags"].split() if flag.startswith(("avx", "amx", "fma", "sse4"))]
     keys = ("vendor_id", "cpu family", "model", "model name")
     return " ".join([fields.get(key, "") for key in keys] + sorted(flags))
+
+
+def versions() -> dict[str, str]:
+    """What must be of one version on all nodes; torch has a place in the fingerprint besides."""
+    return {name: version(name) for name in ("metafleet", "ray", "torch")}
 
 
 def fingerprint_detail(device: torch.device) -> dict[str, str]:

@@ -16,6 +16,10 @@ class StoreError(MetafleetError):
     """An episode store is missing, foreign, truncated, altered, or of the wrong shape."""
 
 
+class StoreMissingError(StoreError):
+    """There is nothing at an episode store's path."""
+
+
 class IngestError(MetafleetError):
     """A data source cannot be turned into an episode store."""
 

@@ -33,7 +33,7 @@ import errno
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, Literal, get_args
 from wsgiref.simple_server import WSGIServer
@@ -43,7 +43,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from cluster.errors import PortError
 from cluster.messages import Contribution
 
-FailureKind = Literal["worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch", "deadline"]
+FailureKind = Literal[
+    "worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch", "deadline", "unreachable"
+]
 """What can go wrong with an attempt without ending the run; the values of the label ``kind``."""
 
 SLOTS: Final = 256
@@ -134,6 +136,13 @@ class Metrics:
         """An attempt failed, or its contribution was refused."""
         self._failures[kind].inc()
 
+    def goodput(self, share: float, lost: Mapping[str, int], seconds: Mapping[str, float]) -> None:
+        """How much of what was computed counted, and what was lost to which cause, since the run began."""
+        self._goodput.set(share)
+        for cause, count in lost.items():
+            self._lost_shards.labels(cause).set(count)
+            self._lost_seconds.labels(cause).set(seconds.get(cause, 0.0))
+
     def in_flight(self, shards: int) -> None:
         """So many shards are with workers now."""
         self._in_flight.set(shards)
@@ -214,6 +223,12 @@ class Metrics:
         failures = self._counter("failures", "Failed attempts and refused contributions.", "kind")
         # Made at once, so that every kind is scraped as 0 before it happens and rates see the first failure.
         self._failures = {kind: failures.labels(kind) for kind in get_args(FailureKind)}
+        self._goodput = self._gauge("goodput_ratio", "Shards that counted, of those that were computed.", 1.0)
+        about = "for nothing, over the whole run, by what they were lost to."
+        names = ("lost_shards", f"Shards computed {about}"), ("lost_worker_seconds", f"Seconds of workers {about}")
+        self._lost_shards, self._lost_seconds = (
+            Gauge(f"metafleet_{name}", text, ["cause"], registry=self.registry) for name, text in names
+        )
         age = self._gauge("checkpoint_age_seconds", "Since the last checkpoint, or since the start before any.")
         age.set_function(lambda: self._clock() - self._checkpoint_at)
         self._checkpoint_bytes = self._gauge("checkpoint_bytes", "Size of the last checkpoint.", math.nan)

@@ -33,7 +33,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A lost worker is reported by the dispatcher, in one line; Ray would add its own, whatever log_to_driver says.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died or was killed|The node with node id|Raylet is terminated)",
 }
 LOCAL = {
     # Processes that Ray starts in advance would never be used: workers get an environment of their own.

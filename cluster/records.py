@@ -8,14 +8,16 @@ dropped if no whole record follows (a torn tail), and the file is refused if one
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgpack
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 
 from cluster.errors import CheckpointError
 
@@ -23,7 +25,18 @@ FRAME: Final = struct.Struct(">2sIcI")
 """Array of two, uint 32 (the CRC), bin 32 (the body's length): a fixed prefix, so that records can be found again."""
 
 PAIR, BIN32 = b"\x92\xce", b"\xc6"
+BEGINNING: Final = re.compile(rb"(?=\x92\xce.{4}\xc6)", re.DOTALL)
 LARGEST: Final = 1 << 30
+SEARCH: Final = 4
+"""How often each byte behind a damage is read, on average and at most, to find a whole record there."""
+
+Integer = Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
+Count = Annotated[Integer, Field(ge=0)]
+Number = Annotated[float, Strict()]
+Text = Annotated[str, Strict()]
+"""What the values of records are, none converted: whole numbers have 64 bits, and one may stand for a float."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,10 @@ class RecordWriter:
     """
 
     def __init__(self, path: Path, header: list[Any], buffer: int = 0, kind: FileKind = ANY_KIND) -> None:
-        whole = scan(path, header, kind)[1] if path.exists() else 0
+        try:
+            whole = scan(path, header, kind)[1]
+        except FileNotFoundError:
+            whole = 0
         self._path = path
         self._kind = kind
         self._limit = buffer
@@ -118,55 +134,100 @@ def scan(path: Path, header: list[Any] | None = None, kind: FileKind = ANY_KIND)
         kind: for errors.
 
     Raises:
-        CheckpointError: damaged elsewhere than at its end, or another header.
+        FileNotFoundError: there is none.
+        CheckpointError: unreadable, damaged elsewhere than at its end, or another header.
     """
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"cannot read the {kind.name} {path}: {error.strerror}; {kind.advice}") from error
     records, end = [], 0
-    for record, end in _frames(data):  # noqa: B007 - the last end is what counts
+    for record, end in _frames(data, 0, kind.largest):  # noqa: B007 - the last end is what counts
         records.append(record)
-    if _resumes_after(data, end):
+    if _resumes_after(data, end, kind.largest):
         raise CheckpointError(f"{path} is damaged at byte {end} of {len(data)}: {kind.advice}")
-    if not records and not _torn(data):
+    if not records and not _torn(data, kind.largest):
         raise CheckpointError(f"{path} is no {kind.name}: it starts with {data[:16]!r}")
     if records and header is not None and not _matches(records[0], header):
+        first = f"[{', '.join(map(shown, records[0][:6]))}]" if isinstance(records[0], list) else shown(records[0])
         raise CheckpointError(
-            f"{path} is no {kind.name} of this version: its first record is {str(records[0])[:80]}, expected {header}"
+            f"{path} is no {kind.name} of this version: its first record is {first}, expected {header}"
         )
     return records, end
+
+
+def shown(value: Any) -> str:
+    """A value that was read, for an error: only the kind of a container, whose depth may be more than repr takes."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"
+
+
+def validated(form: TypeAdapter[T], value: Any) -> T:
+    """``value``, which was read, in this form.
+
+    Raises:
+        ValueError: it has another one; where and why, in one line.
+    """
+    try:
+        return form.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = repr(".".join(map(str, first["loc"])))[1:-1][:80]
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error
 
 
 def _matches(record: Any, header: list[Any]) -> bool:
     return isinstance(record, list) and record[: len(header)] == header
 
 
-def _frames(data: bytes, start: int = 0) -> Iterator[tuple[Any, int]]:
+def _frames(data: bytes, start: int, largest: int) -> Iterator[tuple[Any, int]]:
     """The consecutive whole records of ``data`` from ``start``, each with the offset after it."""
-    while start + FRAME.size <= len(data):
-        pair, crc, kind, length = FRAME.unpack_from(data, start)
-        body = data[start + FRAME.size : start + FRAME.size + length]
-        if pair != PAIR or kind != BIN32 or len(body) < length or zlib.crc32(body) != crc:
+    while (end := _end(data, start, largest)) is not None:
+        _, crc, _, _ = FRAME.unpack_from(data, start)
+        body = data[start + FRAME.size : end]
+        if zlib.crc32(body) != crc:
             return
-        start += FRAME.size + length
         try:
             record = msgpack.unpackb(body, strict_map_key=False)
         except (ValueError, TypeError, msgpack.UnpackException):
             return  # foreign bytes with a CRC that fits (nothing has the CRC 0), no record of ours
-        yield record, start
+        start = end
+        yield record, end
 
 
-def _resumes_after(data: bytes, end: int) -> bool:
-    """Whether a whole record starts anywhere behind the first damaged byte, ``end``."""
-    at = data.find(PAIR, end)
-    while at >= 0:
-        if next(_frames(data, at), None) is not None:
+def _end(data: bytes, start: int, largest: int) -> int | None:
+    """Where the record that ``start`` begins as would end; ``None`` if there can be none."""
+    if start + FRAME.size > len(data):
+        return None
+    pair, _, kind, length = FRAME.unpack_from(data, start)
+    end: int = start + FRAME.size + length
+    return end if pair == PAIR and kind == BIN32 and length < largest and end <= len(data) else None
+
+
+def _resumes_after(data: bytes, damage: int, largest: int) -> bool:
+    """Whether a whole record starts anywhere behind the first damaged byte, ``damage``.
+
+    Where so many seem to start that trying them all would take for ever, one is taken to: no crash leaves such a tail,
+    and a file that is refused is not cut.
+    """
+    effort = SEARCH * (len(data) - damage)
+    for match in BEGINNING.finditer(data, damage):
+        start = match.start()
+        end = _end(data, start, largest)
+        if end is None:
+            continue
+        effort -= end - start
+        if effort < 0 or next(_frames(data, start, largest), None) is not None:
             return True
-        at = data.find(PAIR, at + 1)
     return False
 
 
-def _torn(data: bytes) -> bool:
+def _torn(data: bytes, largest: int) -> bool:
     """Whether ``data``, which holds no whole record, can be the beginning of one."""
     if len(data) < FRAME.size:
         return data[:2] == PAIR[: len(data)] and data[6:7] in (b"", BIN32)
     pair, _, kind, length = FRAME.unpack_from(data)
-    return bool(pair == PAIR and kind == BIN32 and len(data) < FRAME.size + length)
+    return bool(pair == PAIR and kind == BIN32 and length < largest and len(data) < FRAME.size + length)

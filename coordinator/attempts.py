@@ -66,6 +66,8 @@ class Member:
     """When what it computes now was begun, as far as the coordinator can see; seconds of the dispatcher's clock."""
     queue: list[Attempt] = field(default_factory=list)
     """What it has, first what it computes; also what was recalled and nobody waits for."""
+    unreachable: int = 0
+    """Calls in a row that did not reach it."""
     draining: bool = False
     """It finishes what it has and gets nothing new."""
 

@@ -8,32 +8,91 @@ taken but not committed, and which shards come next. Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import torch
+from pydantic import BaseModel, StrictBool, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import CheckpointError
+from cluster.faults import fail_at
 from cluster.flat import FlatSpec
 from cluster.messages import Contribution, Published, ShardStatistics
+from cluster.records import Count, Number, Text, shown, validated
 from coordinator.aggregators.base import Dropped
 from coordinator.meta_state import MetaState
 
 FORMAT = ["metafleet-checkpoint", 2]
-NAME = re.compile(r"v(\d{8,})-e(\d{4,})")
+NAME = re.compile(r"v([0-9]{8,18})-e([0-9]{4,18})")
 TENSORS, MANIFEST, BEST = "tensors.safetensors", "manifest.msgpack", "best"
 PARTIALS = ".*.partial"
 LARGEST_MANIFEST = 1 << 28
+MARK_FORM: TypeAdapter[tuple[str, float, str]] = TypeAdapter(tuple[Text, Number, Text])
+"""Of the best checkpoint: its name, its score, and what that was measured on."""
+
+
+class PendingRecord(BaseModel, frozen=True, extra="forbid"):
+    """What the manifest says of a contribution taken and not committed; its arrays are among the tensors."""
+
+    shard: Count
+    base_version: Count
+    episodes: Count
+    loss: Number
+    metric: Number
+    fingerprint: Text
+    digest: Text
+    finite: StrictBool
+
+
+class GoodputRecord(BaseModel, frozen=True, extra="forbid"):
+    """``Goodput.pack``; what it leaves out stays out."""
+
+    useful: Count = 0
+    lost: dict[Text, Count] = {}
+    lost_seconds: dict[Text, Number] = {}
+    recoveries: Count = 0
+    recovery_seconds: Number = 0.0
+    longest_recovery: Number = 0.0
+
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """All of a checkpoint but its tensors, in the order in which it is written."""
+
+    version: Count
+    epoch: Count
+    run_digest: Text
+    tensors_digest: Text
+    """SHA-256 of the file of tensors, hex."""
+    tensors_bytes: Count
+    names: tuple[Text, ...]
+    """Of the tensors that θ is made of, in its order."""
+    shapes: tuple[tuple[Count, ...], ...]
+    recent: tuple[Count, ...]
+    """The versions of ``Checkpoint.recent``."""
+    pending: tuple[PendingRecord, ...]
+    dropped: tuple[tuple[Count, Count, Text, Text], ...]
+    """The fields of each ``Dropped``."""
+    next_id: Count
+    config_digest: Text
+    episodes: Count
+    seconds: Number
+    failures: dict[Text, Count]
+    goodput: GoodputRecord
+
+
+MANIFEST_FORM = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
@@ -56,11 +115,13 @@ class Checkpoint:
     """Wall time of the run so far."""
     failures: Mapping[str, int]
     """How often each kind of failure has happened so far."""
+    goodput: Mapping[str, Any]
+    """``Goodput.pack`` so far."""
 
     @staticmethod
     def of_start(state: MetaState, config_digest: str) -> Checkpoint:
         """What a run that has none yet would have at its start."""
-        return Checkpoint(state, (), (), (), 0, config_digest, 0, 0.0, {})
+        return Checkpoint(state, (), (), (), 0, config_digest, 0, 0.0, {}, {})
 
 
 def name_of(version: int, epoch: int) -> str:
@@ -97,11 +158,15 @@ def save(folder: Path, checkpoint: Checkpoint, epoch: int, *, renew: bool = Fals
     partial = _partial(target)
     try:
         partial.mkdir()
+        fail_at("write", version=checkpoint.state.version)
         write_bytes_atomically(partial / TENSORS, tensors)
         write_bytes_atomically(partial / MANIFEST, manifest)
+        fail_at("written", version=checkpoint.state.version)
         if target.exists():
             _remove(target)  # killed here, the run goes on from the checkpoint before and its log
+        fail_at("rename", version=checkpoint.state.version)
         os.rename(partial, target)
+        fail_at("renamed", version=checkpoint.state.version)
         fsync_directory(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -123,22 +188,21 @@ def load(path: Path, layout: FlatSpec, config_digest: str | None = None) -> Chec
         CheckpointError: missing, torn, altered, of another configuration or of other shapes.
     """
     manifest, arrays = _read(path)
-    if config_digest is not None and manifest["config_digest"] != config_digest:
+    if config_digest is not None and manifest.config_digest != config_digest:
         raise CheckpointError(f"checkpoint {path} is of another configuration: use the run that wrote it")
-    shapes = [list(shape) for shape in layout.shapes]
-    if (manifest["names"], manifest["shapes"]) != (list(layout.names), shapes):
+    if (manifest.names, manifest.shapes) != (layout.names, layout.shapes):
         raise CheckpointError(
-            f"checkpoint {path} has {arrays['theta'].size} parameters in {len(manifest['names'])} tensors, the "
+            f"checkpoint {path} has {arrays['theta'].size} parameters in {len(manifest.names)} tensors, the "
             f"configuration and store need {layout.size} in {len(layout.names)}"
             f"{_first_difference(manifest, layout)}: model, way or sample shape differ"
         )
     checkpoint = _assemble(manifest, arrays, layout)
-    if checkpoint.state.digest != manifest["run_digest"]:
+    if checkpoint.state.digest != manifest.run_digest:
         raise CheckpointError(f"checkpoint {path} does not give its own run digest: it was altered")
     return checkpoint
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint whose tensors match it.
 
     Raises:
@@ -214,14 +278,20 @@ def best_of(folder: Path) -> Path | None:
 
 def _best_mark(folder: Path) -> tuple[str, float, str] | None:
     path = folder / BEST
-    if not path.exists():
-        return None
     try:
         packed, digest = msgpack.unpackb(path.read_bytes())
         if hashlib.sha256(packed).digest() != digest:
             raise ValueError("it does not match its digest")
-        name, score, measured = msgpack.unpackb(packed)
-        return str(name), float(score), str(measured)
+        mark = validated(MARK_FORM, msgpack.unpackb(packed))
+        if not NAME.fullmatch(mark[0]):
+            raise ValueError(f"it names {shown(mark[0])}, which is no checkpoint")
+        return mark
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}; remove it to go on without the best checkpoint"
+        ) from error
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove it to go on without the best checkpoint") from error
 
@@ -231,12 +301,12 @@ def _partial(path: Path) -> Path:
     return path.parent / f".{path.name}.{os.getpid()}.partial"
 
 
-def _first_difference(manifest: Mapping[str, Any], layout: FlatSpec) -> str:
+def _first_difference(manifest: Manifest, layout: FlatSpec) -> str:
     """The first tensor whose shape differs, if both have it, in words."""
     needed = dict(zip(layout.names, layout.shapes, strict=True))
-    for name, shape in zip(manifest["names"], manifest["shapes"], strict=True):
-        if name in needed and tuple(shape) != needed[name]:
-            return f" ({name} is {tuple(shape)} there, {needed[name]} here)"
+    for name, shape in zip(manifest.names, manifest.shapes, strict=True):
+        if name in needed and shape != needed[name]:
+            return f" ({name} is {shape} there, {needed[name]} here)"
     return ""
 
 
@@ -257,108 +327,134 @@ def _arrays(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def _manifest(checkpoint: Checkpoint, epoch: int, tensors: bytes) -> list[Any]:
     pending = [
-        {
-            "shard": c.shard,
-            "base_version": c.base_version,
-            "episodes": c.episodes,
-            "loss": c.statistics.loss,
-            "metric": c.statistics.metric,
-            "fingerprint": c.fingerprint,
-            "digest": c.digest,
-            "finite": finite,
-        }
+        PendingRecord(
+            shard=c.shard,
+            base_version=c.base_version,
+            episodes=c.episodes,
+            loss=c.statistics.loss,
+            metric=c.statistics.metric,
+            fingerprint=c.fingerprint,
+            digest=c.digest,
+            finite=finite,
+        )
         for c, finite in checkpoint.pending
     ]
-    body = {
-        "version": checkpoint.state.version,
-        "epoch": epoch,
-        "run_digest": checkpoint.state.digest,
-        "tensors_digest": hashlib.sha256(tensors).hexdigest(),
-        "tensors_bytes": len(tensors),
-        "names": list(checkpoint.state.layout.names),
-        "shapes": [list(shape) for shape in checkpoint.state.layout.shapes],
-        "recent": [published.version for published in checkpoint.recent],
-        "pending": pending,
-        "dropped": [list(astuple(drop)) for drop in checkpoint.dropped],
-        "next_id": checkpoint.next_id,
-        "config_digest": checkpoint.config_digest,
-        "episodes": checkpoint.episodes,
-        "seconds": checkpoint.seconds,
-        "failures": dict(checkpoint.failures),
-    }
-    packed = msgpack.packb(body)
+    body = Manifest(
+        version=checkpoint.state.version,
+        epoch=epoch,
+        run_digest=checkpoint.state.digest,
+        tensors_digest=hashlib.sha256(tensors).hexdigest(),
+        tensors_bytes=len(tensors),
+        names=checkpoint.state.layout.names,
+        shapes=checkpoint.state.layout.shapes,
+        recent=tuple(published.version for published in checkpoint.recent),
+        pending=tuple(pending),
+        dropped=tuple((drop.shard, drop.base_version, drop.digest, drop.reason) for drop in checkpoint.dropped),
+        next_id=checkpoint.next_id,
+        config_digest=checkpoint.config_digest,
+        episodes=checkpoint.episodes,
+        seconds=checkpoint.seconds,
+        failures=dict(checkpoint.failures),
+        goodput=GoodputRecord(**checkpoint.goodput),
+    )
+    packed = msgpack.packb(body.model_dump(exclude_unset=True))
     return [*FORMAT, packed, hashlib.sha256(packed).digest()]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Manifest and arrays, checked against their digests before anything else reads them."""
+def _read(path: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
+    """Manifest and arrays, checked against their digests and for their form before anything else reads them."""
     again = "restore it from a backup, or remove it to use the one before"
     try:
         manifest_path = path / MANIFEST
         if manifest_path.stat().st_size > LARGEST_MANIFEST:
             raise ValueError("its manifest is too large")
-        name, schema, packed, digest = msgpack.unpackb(manifest_path.read_bytes())
-        if [name, schema] != FORMAT:
-            raise ValueError(f"it is {name!r} {schema}, this version of Metafleet reads {FORMAT[0]!r} {FORMAT[1]}")
-        if hashlib.sha256(packed).digest() != digest:
-            raise ValueError("its manifest does not match its digest")
-        manifest: dict[str, Any] = msgpack.unpackb(packed)
+        manifest = _unsealed(manifest_path.read_bytes())
         tensors = (path / TENSORS).read_bytes()
-        if hashlib.sha256(tensors).hexdigest() != manifest["tensors_digest"]:
+        if hashlib.sha256(tensors).hexdigest() != manifest.tensors_digest:
             raise ValueError("its tensors do not match their digest")
-        return manifest, load_arrays(tensors)
+        arrays = load_arrays(tensors)
+        _check_vectors(manifest, arrays)
+        return manifest, arrays
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is no whole checkpoint: {Path(error.filename).name} is missing; {again}"
         ) from error
-    except (ValueError, TypeError, KeyError, OSError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, KeyError, OSError, msgpack.UnpackException, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}; {again}") from error
 
 
-def _assemble(manifest: Mapping[str, Any], arrays: Mapping[str, np.ndarray], layout: FlatSpec) -> Checkpoint:
+def _unsealed(raw: bytes) -> Manifest:
+    name, schema, packed, digest = msgpack.unpackb(raw)
+    if [name, schema] != FORMAT:
+        found = f"{shown(name)} {shown(schema)}"
+        raise ValueError(f"it is {found}, this version of Metafleet reads {FORMAT[0]!r} {FORMAT[1]}")
+    if hashlib.sha256(packed).digest() != digest:
+        raise ValueError("its manifest does not match its digest")
+    return validated(MANIFEST_FORM, msgpack.unpackb(packed))
+
+
+def _check_vectors(manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse tensors that are not those of the manifest."""
+    if len(manifest.names) != len(manifest.shapes):
+        raise ValueError(f"it has {len(manifest.names)} names for {len(manifest.shapes)} shapes")
+    size = sum(math.prod(shape) for shape in manifest.shapes)
+    for name in ("theta", *(f"recent/{version}/theta" for version in manifest.recent)):
+        if _vector(arrays, name).size != size:
+            raise ValueError(f"its tensor {name} has {arrays[name].size} elements, its shapes need {size}")
+    for index in range(len(manifest.pending)):
+        _vector(arrays, f"pending/{index}/gradient")
+
+
+def _vector(arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays or arrays[name].ndim != 1 or arrays[name].dtype != np.float32:
+        raise ValueError(f"its tensor {name} is missing, or is no vector of float32")
+    return arrays[name]
+
+
+def _assemble(manifest: Manifest, arrays: Mapping[str, np.ndarray], layout: FlatSpec) -> Checkpoint:
     def under(prefix: str) -> dict[str, np.ndarray]:
         # Copies: safetensors hands out views of read-only bytes.
         return {name[len(prefix) :]: np.array(rows) for name, rows in arrays.items() if name.startswith(prefix)}
 
     state = MetaState(
-        version=manifest["version"],
+        version=manifest.version,
         layout=layout,
         theta=torch.from_numpy(np.array(arrays["theta"])),
         state=under("state/"),
         optimizer={name: torch.from_numpy(rows) for name, rows in under("optimizer/").items()},
     )
-    recent = [
-        Published(v, np.array(arrays[f"recent/{v}/theta"]), under(f"recent/{v}/state/")) for v in manifest["recent"]
+    recent = [Published(v, np.array(arrays[f"recent/{v}/theta"]), under(f"recent/{v}/state/")) for v in manifest.recent]
+    pending = [
+        (
+            _contribution(record, np.array(arrays[f"pending/{i}/gradient"]), under(f"pending/{i}/proposal/")),
+            record.finite,
+        )
+        for i, record in enumerate(manifest.pending)
     ]
     return Checkpoint(
         state=state,
         recent=tuple(recent),
-        pending=tuple(_pending(manifest["pending"], arrays, under)),
-        dropped=tuple(Dropped(*drop) for drop in manifest["dropped"]),
-        next_id=manifest["next_id"],
-        config_digest=manifest["config_digest"],
-        episodes=manifest["episodes"],
-        seconds=manifest["seconds"],
-        failures=manifest["failures"],
+        pending=tuple(pending),
+        dropped=tuple(Dropped(*drop) for drop in manifest.dropped),
+        next_id=manifest.next_id,
+        config_digest=manifest.config_digest,
+        episodes=manifest.episodes,
+        seconds=manifest.seconds,
+        failures=manifest.failures,
+        goodput=manifest.goodput.model_dump(exclude_unset=True),
     )
 
 
-def _pending(
-    records: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray], under: Any
-) -> list[tuple[Contribution, bool]]:
-    result = []
-    for index, record in enumerate(records):
-        contribution = Contribution(
-            shard=record["shard"],
-            base_version=record["base_version"],
-            attempt=0,
-            worker=0,
-            gradient=np.array(arrays[f"pending/{index}/gradient"]),
-            episodes=record["episodes"],
-            proposals=under(f"pending/{index}/proposal/"),
-            statistics=ShardStatistics(record["loss"], record["metric"], 0.0, 0.0, 0.0, 0),
-            fingerprint=record["fingerprint"],
-            digest=record["digest"],
-        )
-        result.append((contribution, bool(record["finite"])))
-    return result
+def _contribution(record: PendingRecord, gradient: np.ndarray, proposals: Mapping[str, np.ndarray]) -> Contribution:
+    return Contribution(
+        shard=record.shard,
+        base_version=record.base_version,
+        attempt=0,
+        worker=0,
+        gradient=gradient,
+        episodes=record.episodes,
+        proposals=proposals,
+        statistics=ShardStatistics(record.loss, record.metric, 0.0, 0.0, 0.0, 0),
+        fingerprint=record.fingerprint,
+        digest=record.digest,
+    )

@@ -197,7 +197,12 @@ def app(context: click.Context) -> None:
 @app.command(cls=OverridesCommand, short_help="Meta-train a recipe, or resume a run.")
 @click.argument("recipe", required=False)
 @click.option("--run-dir", metavar="DIR", help="Run directory to make; runs/RECIPE-DATE-TIME when not given.")
-@click.option("--resume", type=_path, metavar="RUN", help="Go on with the run in this directory, to the same result.")
+@click.option(
+    "--resume",
+    type=_path,
+    metavar="RUN",
+    help="Go on with the run in this directory, to the same result; auto: with the one in --run-dir, if there is one.",
+)
 @click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
 @click.option("--workers", metavar="N", help="Worker actors; as many as the free CPUs (or GPUs) allow when not given.")
 @click.option("--steps", metavar="VERSIONS", help="Outer updates of the whole run.")
@@ -273,13 +278,19 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
 @click.option(
     "--until", type=click.IntRange(min=0), metavar="VERSION", help="Stop at this version; the last by default."
 )
+@click.option(
+    "--shard",
+    type=click.IntRange(min=0),
+    metavar="SHARD",
+    help="Compute this shard alone, at version --until.",
+)
 @click.option("--store", type=_path, metavar="STORE", help="Where the run's own store is now, if it was moved.")
 @_json
-def replay(run: Path, until: int | None, store: Path | None, as_json: bool) -> None:
+def replay(run: Path, until: int | None, shard: int | None, store: Path | None, as_json: bool) -> None:
     """Recompute the run in directory RUN from its commit log, in one process, and compare the digests."""
     from coordinator import commands
 
-    _report(as_json, lambda: commands.replay(run, until, store, as_json=as_json))
+    _report(as_json, lambda: commands.replay(run, until, shard, store, as_json=as_json))
 
 
 @app.group(cls=GroupInOrder, invoke_without_command=True, short_help="Turn a data source into an episode store.")

@@ -40,15 +40,19 @@ SHOWN_SKIPPED = 20
 """Skipped samples that an ingest names on a terminal; all are in its JSON."""
 SHOWN_VALUES = 40
 """Values of a metadata column that `inspect` names on a terminal; all are in its JSON."""
+AUTO = Path("auto")
+"""What `--resume` says to go on with the run in `--run-dir` if there is one."""
 CHECKPOINT_SUFFIXES = (".safetensors", ".msgpack")
 
 
 def train(recipe: str | None, overrides: Sequence[Override], resume: Path | None, *, as_json: bool) -> Report:
-    """Meta-train a recipe with overrides, or go on with the run in ``resume``.
+    """Meta-train a recipe with overrides, or go on with the run in ``resume``; ``auto`` goes on if there is one.
 
     ConfigError: refused configuration. RunDirectoryError: ``resume`` is no run.
     """
-    if resume is None:
+    if resume == AUTO:
+        config, resume = _auto(recipe, overrides)
+    elif resume is None:
         config = resolve(load_recipe(recipe or DEFAULT_RECIPE), overrides)
     else:
         config = _resumed(resume, recipe, overrides)
@@ -88,13 +92,13 @@ def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:
     return evaluate_command(run, options, as_json=as_json)
 
 
-def replay(run: Path, until: int | None, store: Path | None, *, as_json: bool) -> Report:
-    """Recompute a run from its commit log, up to version ``until`` or its last one."""
+def replay(run: Path, until: int | None, shard: int | None, store: Path | None, *, as_json: bool) -> Report:
+    """Recompute a run from its commit log, up to version ``until`` or its last one, or one ``shard`` of it alone."""
     _check_run(run)
 
     from coordinator.replay import replay_command
 
-    return replay_command(run, until=until, store=store, as_json=as_json)
+    return replay_command(run, until=until, shard=shard, store=store, as_json=as_json)
 
 
 def inspect(path: Path, sheet: Path | None, *, as_json: bool) -> Report:
@@ -185,6 +189,21 @@ def _ingested(store: Path, header: StoreHeader, skipped: Sequence[tuple[str, str
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _auto(recipe: str | None, overrides: Sequence[Override]) -> tuple[RunConfig, Path | None]:
+    """A new run in the given run directory, or the one that is there already: for jobs that are submitted again.
+
+    ConfigError: no run directory is given, or the run there is of another configuration.
+    """
+    config = resolve(load_recipe(recipe or DEFAULT_RECIPE), overrides)
+    if config.execution.run_dir is None:
+        raise ConfigError("--resume auto goes on with the run in --run-dir, or starts it: give --run-dir DIR")
+    run = Path(config.execution.run_dir)
+    if not (run / RESOLVED_NAME).is_file():
+        return config, None
+    refuse_result_changes(load_resolved(run / RESOLVED_NAME), config)
+    return config, run
 
 
 def _resumed(run: Path, recipe: str | None, overrides: Sequence[Override]) -> RunConfig:

@@ -12,9 +12,12 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cluster.durable import fsync_directory, fsync_file
 from cluster.errors import CheckpointError
-from cluster.records import FileKind, RecordWriter, scan
+from cluster.faults import fail_at
+from cluster.records import Count, FileKind, Integer, Number, RecordWriter, Text, scan, validated
 from coordinator.aggregators.base import Counted, Dropped
 from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.run_dir import RunDirectory
@@ -22,6 +25,15 @@ from coordinator.run_dir import RunDirectory
 FORMAT = "metafleet-commit-log"
 SCHEMA = 1
 KIND = FileKind("commit log")
+
+HEADER_FORM: TypeAdapter[tuple[str, int, int, int, str, str]] = TypeAdapter(
+    tuple[Text, Count, Count, Count, Text, Text]
+)
+"""Format, schema, epoch, the version it starts from, that version's run digest, digest of the configuration."""
+_Counted = tuple[Integer, Integer, Number, Text, Text]
+_Dropped = tuple[Integer, Integer, Text, Text]
+ENTRY_FORM: TypeAdapter[Any] = TypeAdapter(tuple[Count, tuple[_Counted, ...], tuple[_Dropped, ...], Text])
+"""``Entry``, its parts and theirs as lists."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,15 @@ class CommitLog:
     def append(self, entry: Entry) -> None:
         """Record a commit; it is with the operating system when this returns."""
         counted = [list(astuple(c)) for c in entry.counted]
+        fail_at("append", version=entry.version)
         self._writer.append([entry.version, counted, [list(astuple(d)) for d in entry.dropped], entry.digest])
+        fail_at("appended", version=entry.version)
 
     def sync(self) -> None:
         """Force everything appended to the disk."""
+        fail_at("fsync")
         self._writer.sync()
+        fail_at("fsynced")
 
     def close(self) -> None:
         """Flush and close."""
@@ -87,7 +103,7 @@ def read_log(run: RunDirectory) -> list[Entry]:
     Raises:
         CheckpointError: a log is damaged elsewhere than at its end, or the epochs do not join.
     """
-    segments = [_read_segment(run.log(epoch), epoch) for epoch in run.epochs() if run.log(epoch).exists()]
+    segments = [_read_segment(run.log(epoch), epoch) for epoch in run.epochs()]
     entries: list[Entry] = []
     for start, digest, segment in (s for s in segments if s is not None):
         if start > len(entries):
@@ -135,16 +151,19 @@ def check_reaches(run: RunDirectory, entries: Sequence[Entry], version: int, dig
 
 def _read_segment(path: Path, epoch: int) -> tuple[int, str, Sequence[Entry]] | None:
     """Start version, its digest, and the entries of one log; ``None`` if the driver died before its header."""
-    records, _ = scan(path, [FORMAT, SCHEMA, epoch], KIND)
+    try:
+        records, _ = scan(path, [FORMAT, SCHEMA, epoch], KIND)
+    except FileNotFoundError:
+        return None
     if not records:
         return None
     try:
-        _, _, _, start, digest, _ = records[0]
-        return int(start), str(digest), [_entry(record) for record in records[1:]]
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} holds a record that is no commit: {error}") from error
+        _, _, _, start, digest, _ = validated(HEADER_FORM, records[0])
+        return start, digest, [_entry(record) for record in records[1:]]
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds a record that is no commit ({error}): {KIND.advice}") from error
 
 
 def _entry(record: Any) -> Entry:
-    version, counted, dropped, digest = record
+    version, counted, dropped, digest = validated(ENTRY_FORM, record)
     return Entry(version, tuple(Counted(*c) for c in counted), tuple(Dropped(*d) for d in dropped), digest)

@@ -43,6 +43,9 @@ from coordinator.roster import Roster
 SOON = 0.001
 """Least seconds of waiting for an event."""
 
+UNREACHABLE = 5
+"""Calls in a row that do not reach a worker after which it counts as lost."""
+
 SHORT_SECONDS = 5.0
 """How long there may be too few workers before that is said."""
 
@@ -223,7 +226,7 @@ class Dispatcher:
             case NodesChanged(alive, draining):
                 self._drain(self._roster.nodes(alive, draining))
             case Failed(order=None):
-                self._roster.fail_start(event.slot, event.message)
+                self._roster.fail_start(event.slot, event.message, counts=event.kind == "start_error")
                 self._outcomes.append(Failure("worker_lost", f"worker {event.slot} failed to start: {event.message}"))
                 self._roster.start_due()
             case Failed():
@@ -253,12 +256,13 @@ class Dispatcher:
         attempt, seconds = left
         member, work, result = attempt.member, attempt.work, reply.result
         self._pace.add(member, reply.order, seconds)
+        member.unreachable = 0
         self._roster.did_something(member)
-        if isinstance(result, Contribution) and result.content_digest() != result.digest:
+        problem = _problem(reply)
+        if problem is not None:
             self.goodput.lose("damaged", seconds)
             if not work.settled:
-                failed = Failed(reply.slot, reply.order, "shard_error", "its reply was damaged on its way")
-                self._fault(attempt, failed)
+                self._fault(attempt, Failed(reply.slot, reply.order, "shard_error", problem))
         elif isinstance(result, EvaluationPart):
             if not work.settled:
                 self._settle(work)
@@ -362,19 +366,26 @@ class Dispatcher:
         member = self._roster.get(failed.slot)
         if member is None or not any(attempt.order == failed.order for attempt in member.queue):
             return
-        if failed.kind == "worker_lost":
+        member.unreachable += failed.kind == "unreachable"
+        if failed.kind == "worker_lost" or member.unreachable >= UNREACHABLE:
             queue = self._roster.lose(member)
             count = sum(not attempt.work.settled and not attempt.recalled for attempt in queue)
             message = f"worker {failed.slot} lost ({failed.message}); replacing it, {count} order(s) reissued"
             self._outcomes.append(Failure("worker_lost", message))
-            self._lost(queue, "worker", failed)
+            self._lost(queue, "worker", failed if failed.kind == "worker_lost" else None)
             self._roster.start_due()
             return
         left = self._leave_queue(failed.slot, failed.order)
         assert left is not None
         attempt, seconds = left
         self.goodput.lose("error", seconds)
-        if not attempt.work.settled:
+        if attempt.work.settled:
+            return
+        if failed.kind == "unreachable":  # the network's fault, not the order's
+            self._outcomes.append(Failure("unreachable", f"worker {failed.slot} was not reached: {failed.message}"))
+            if not attempt.work.live and attempt.work not in self._retries:
+                self._retry(attempt.work)
+        else:
             self._fault(attempt, failed)
 
     def _fault(self, attempt: Attempt, failed: Failed) -> None:
@@ -494,3 +505,17 @@ class Dispatcher:
         alone = [m for m in members if m not in busy_with_it]
         free = [m for m in fresh or others or alone if len(m.queue) < self._policy.in_flight]
         return min(free, key=lambda m: (self._helper.backlog(m, work.order), len(m.queue), m.slot), default=None)
+
+
+def _problem(reply: Reply) -> str | None:
+    """What is wrong with a reply, whatever it says; a worker's own digest finds damage on the way, nothing more."""
+    order, result = reply.order, reply.result
+    if isinstance(order, ShardTask):
+        if not isinstance(result, Contribution) or (result.shard, result.base_version) != (
+            order.shard,
+            order.base_version,
+        ):
+            return "its reply is no answer to the order"
+        return None if result.content_digest() == result.digest else "its reply was damaged on its way"
+    fits = isinstance(result, EvaluationPart) and (result.part, result.version) == (order.part, order.base_version)
+    return None if fits else "its reply is no answer to the order"

@@ -35,6 +35,8 @@ class Goodput:
 
     def lose(self, cause: Loss, seconds: float = 0.0, shards: int = 1) -> None:
         """Shards were computed for nothing."""
+        if not shards:
+            return
         self.lost[cause] += shards
         self.lost_seconds[cause] += seconds  # type: ignore[assignment]
 
@@ -67,8 +69,11 @@ class Goodput:
         """What a checkpoint keeps."""
         return {**vars(self), "lost": dict(self.lost), "lost_seconds": dict(self.lost_seconds)}
 
-    @staticmethod
-    def unpack(packed: Mapping[str, Any]) -> Goodput:
-        """What ``pack`` gave."""
-        counters = {name: Counter(packed.get(name, {})) for name in ("lost", "lost_seconds")}
-        return Goodput(**{**packed, **counters})
+    def restore(self, packed: Mapping[str, Any]) -> None:
+        """Add what ``pack`` gave to what was counted since."""
+        for name, value in packed.items():
+            before = getattr(self, name)
+            if isinstance(before, Counter):
+                before.update(value)
+            else:
+                setattr(self, name, max(before, value) if name == "longest_recovery" else before + value)

@@ -83,7 +83,7 @@ class Helper:
                 mine = self._pace.of(idle, attempt.order)
                 if place == 0 or own is None or mine is None or not _may(idle, attempt):
                     continue
-                gain = (place + 1) * own - (now - member.since) - mine
+                gain = self._left(own, now - member.since) + place * own - mine
                 if gain > longest:
                     best, longest = attempt, gain
         return best
@@ -98,12 +98,16 @@ class Helper:
             own, mine = self._pace.of(member, attempt.order), self._pace.of(idle, attempt.order)
             if own is None or mine is None:
                 continue
-            elapsed = now - member.since
-            # What has taken longer than its worker ever takes may take as long again.
-            left = own - elapsed if elapsed < own else elapsed if elapsed >= self._policy.speculation * own else 0.0
-            if left - mine > longest:
-                best, longest = attempt, left - mine
+            gain = self._left(own, now - member.since) - mine
+            if gain > longest:
+                best, longest = attempt, gain
         return best
+
+    def _left(self, usual: float, elapsed: float) -> float:
+        """Seconds that an order may still take: one that has taken far longer than usual may take as long again."""
+        if elapsed < usual:
+            return usual - elapsed
+        return elapsed if elapsed >= self._policy.speculation * usual else 0.0
 
 
 def _may(idle: Member, attempt: Attempt) -> bool:

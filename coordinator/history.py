@@ -10,14 +10,16 @@ file: it is for people, plots and the results table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from cluster.errors import CheckpointError
-from cluster.records import FileKind, RecordWriter, scan
+from cluster.records import Count, FileKind, Number, RecordWriter, Text, scan, shown, validated
 
 HEADER: Final = ["metafleet-history", 1]
 """The first record: format and schema version."""
@@ -25,7 +27,7 @@ HEADER: Final = ["metafleet-history", 1]
 BUFFER: Final = 1 << 16
 """Bytes that are gathered before they are written."""
 
-COMMIT, VALIDATION, RESUME = 0, 1, 2
+COMMIT, VALIDATION, RESUME, GOODPUT = 0, 1, 2, 3
 
 KIND: Final = FileKind(
     "metric history",
@@ -37,34 +39,52 @@ KIND: Final = FileKind(
 class CommitRecord(NamedTuple):
     """One outer update."""
 
-    version: int
+    version: Count
     """The version that the update made."""
-    loss: float
+    loss: Number
     """Mean query loss after adaptation over the version's episodes."""
-    metric: float
+    metric: Number
     """Mean query accuracy (fraction), or mean squared error for regression."""
-    gradient_norm: float
+    gradient_norm: Number
     """Norm of the aggregated meta-gradient before clipping."""
-    episodes: int
+    episodes: Count
     """Episodes in this update."""
-    seconds: float
+    seconds: Number
     """Wall time since the run started; goes on counting after a resume."""
-    tasks_per_second: float
+    tasks_per_second: Number
     """Episodes per second at the time."""
-    staleness: float
+    staleness: Number
     """Mean staleness of the update's contributions, versions."""
-    workers: int
+    workers: Count
     """Workers alive."""
 
 
 class ValidationRecord(NamedTuple):
     """One validation of a version."""
 
-    version: int
-    steps: tuple[float, ...]
+    version: Count
+    steps: tuple[Number, ...]
     """Accuracy (fraction) or mean squared error per adaptation step, the first before any."""
-    ci95: tuple[float, ...]
+    ci95: tuple[Number, ...]
     """Half-widths of their 95 % confidence intervals."""
+
+
+class _ResumeRecord(NamedTuple):
+    version: Count
+
+
+class _GoodputRecord(NamedTuple):
+    version: Count
+    goodput: dict[Text, Any]
+
+
+_Record = CommitRecord | ValidationRecord | _ResumeRecord | _GoodputRecord
+_FORMS: Final[Mapping[int, TypeAdapter[Any]]] = {
+    COMMIT: TypeAdapter(CommitRecord),
+    VALIDATION: TypeAdapter(ValidationRecord),
+    RESUME: TypeAdapter(_ResumeRecord),
+    GOODPUT: TypeAdapter(_GoodputRecord),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,8 @@ class History:
     workers: np.ndarray
     validations: tuple[ValidationRecord, ...]
     """In strictly ascending order of versions."""
+    goodput: tuple[tuple[int, Mapping[str, Any]], ...]
+    """Versions of checkpoints, ascending, with ``Goodput.to_json`` up to then."""
     resumes: tuple[int, ...]
     """The versions that the run was resumed from, in order of time."""
 
@@ -93,7 +115,10 @@ class History:
 
     @staticmethod
     def of(
-        commits: list[CommitRecord], validations: list[ValidationRecord] | None = None, resumes: tuple[int, ...] = ()
+        commits: list[CommitRecord],
+        validations: Iterable[ValidationRecord] = (),
+        resumes: tuple[int, ...] = (),
+        goodput: Iterable[tuple[int, Mapping[str, Any]]] = (),
     ) -> History:
         """A history of these records, which ascend in version."""
         columns = list(zip(*commits, strict=True)) or [()] * len(CommitRecord._fields)
@@ -102,7 +127,7 @@ class History:
             name: np.array(column, dtype=np.int64 if name in integers else np.float64)
             for name, column in zip(CommitRecord._fields, columns, strict=True)
         }
-        return History(**arrays, validations=tuple(validations or ()), resumes=resumes)
+        return History(**arrays, validations=tuple(validations), goodput=tuple(goodput), resumes=resumes)
 
 
 class HistoryWriter:
@@ -127,6 +152,10 @@ class HistoryWriter:
         """Record a validation."""
         self._writer.append((VALIDATION, *record))
 
+    def goodput(self, version: int, goodput: Mapping[str, Any]) -> None:
+        """Record the goodput up to ``version``."""
+        self._writer.append((GOODPUT, version, goodput))
+
     def resume(self, version: int) -> None:
         """Mark that the run goes on from ``version``: what was recorded of later versions is superseded."""
         self._writer.append((RESUME, version))
@@ -144,29 +173,49 @@ def read_history(path: Path) -> History:
     """The history at ``path`` without what later attempts superseded and without a torn tail.
 
     Raises:
-        CheckpointError: there is no such file, it is no history, or it is damaged elsewhere than at its end.
+        CheckpointError: there is no such file, it is no history, unreadable, damaged elsewhere than at its end, or
+            holds a record of another form.
     """
     try:
-        records: list[Any] = scan(path, HEADER, KIND)[0]
+        records = [_record(record) for record in scan(path, HEADER, KIND)[0][1:]]
     except FileNotFoundError as error:
         raise CheckpointError(f"no metric history at {path}: the run has recorded nothing yet") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds a record of another form ({error}): {KIND.advice}") from error
     commits: list[CommitRecord] = []
     # Two validations may be under way at once, and the later version's may end first.
     validations: dict[int, ValidationRecord] = {}
+    goodput: dict[int, Mapping[str, Any]] = {}
     resumes: list[int] = []
-    for kind, *fields in records[1:]:
-        if kind == COMMIT:
-            commit = CommitRecord(*fields)
-            _supersede(commits, commit.version)
-            commits.append(commit)
-        elif kind == VALIDATION:
-            validation = ValidationRecord(fields[0], tuple(fields[1]), tuple(fields[2]))
-            validations[validation.version] = validation
-        else:
-            resumes.append(fields[0])
-            _supersede(commits, fields[0] + 1)
-            validations = {v: validation for v, validation in validations.items() if v <= fields[0]}
-    return History.of(commits, [validations[version] for version in sorted(validations)], tuple(resumes))
+    for record in records:
+        match record:
+            case CommitRecord(version):
+                _supersede(commits, version)
+                commits.append(record)
+            case ValidationRecord(version):
+                validations[version] = record
+            case _GoodputRecord(version, packed):
+                goodput[version] = packed
+            case _ResumeRecord(version):
+                resumes.append(version)
+                _supersede(commits, version + 1)
+                validations = {v: validation for v, validation in validations.items() if v <= version}
+                goodput = {v: packed for v, packed in goodput.items() if v <= version}
+    ordered = [validations[version] for version in sorted(validations)]
+    return History.of(commits, ordered, tuple(resumes), sorted(goodput.items(), key=lambda pair: pair[0]))
+
+
+def _record(record: Any) -> _Record:
+    """What a record of the file says.
+
+    Raises:
+        ValueError: its kind is unknown, or what it holds is not of its kind.
+    """
+    match record:
+        case [kind, *fields] if type(kind) is int and kind in _FORMS:
+            result: _Record = validated(_FORMS[kind], fields)
+            return result
+    raise ValueError(f"there is no kind {shown(record[0])}" if isinstance(record, list) and record else "it is no list")
 
 
 def _supersede(commits: list[CommitRecord], version: int) -> None:

@@ -80,16 +80,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     report: dict[str, Any] = {
         "kind": "checkpoint",
         "path": str(path),
-        "version": manifest["version"],
-        "digest": manifest["run_digest"],
-        "epoch": manifest["epoch"],
-        "episodes": manifest["episodes"],
-        "bytes": manifest["tensors_bytes"],
-        "tensors": [
-            f"{name} {tuple(shape)}" for name, shape in zip(manifest["names"], manifest["shapes"], strict=True)
-        ],
-        "pending": len(manifest["pending"]),
-        "config_digest": manifest["config_digest"],
+        "version": manifest.version,
+        "digest": manifest.run_digest,
+        "epoch": manifest.epoch,
+        "episodes": manifest.episodes,
+        "bytes": manifest.tensors_bytes,
+        "tensors": [f"{name} {shape}" for name, shape in zip(manifest.names, manifest.shapes, strict=True)],
+        "pending": len(manifest.pending),
+        "config_digest": manifest.config_digest,
     }
     config = path.parent.parent / RESOLVED_NAME
     if config.exists():

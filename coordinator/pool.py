@@ -46,7 +46,8 @@ class Failed:
 
     slot: int
     order: Order | None
-    kind: Literal["worker_lost", "shard_error", "start_error"]
+    kind: Literal["worker_lost", "unreachable", "shard_error", "start_error"]
+    """It has ended; was not reached, which says nothing of the order; its code raised; it did not start."""
     message: str
     """One line."""
     detail: str = ""
@@ -155,9 +156,11 @@ class InProcessPool:
         """Nothing to stop."""
 
 
-def payload_bytes(result: Contribution | EvaluationPart) -> int:
-    """Bytes of the arrays in a result."""
+def payload_bytes(result: object) -> int:
+    """Bytes of the arrays in a result; 0 of anything else, which the dispatcher refuses."""
     if isinstance(result, Contribution):
         return result.gradient.nbytes + sum(rows.nbytes for rows in result.proposals.values())
+    if not isinstance(result, EvaluationPart):
+        return 0
     arrays = (result.loss, result.confusion, result.squared_error)
     return sum(rows.nbytes for rows in arrays if rows is not None)

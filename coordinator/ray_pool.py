@@ -3,22 +3,31 @@
 Actors never restart and tasks never retry by Ray's own hand (``max_restarts=0``, ``max_task_retries=0``): the
 dispatcher reissues and replaces. Parameters are put once per version; an object lives as long as an order that needs
 it, or the caller's handle. Nodes are looked at every few seconds: new ones get workers, up to what was asked for.
+
+A worker whose node has nothing at the store's path is sent the store (``cluster.episodes.shipping``) before it is
+ready, a chunk at a time: one is put when it is wanted, and the next when it was written. Of one node's workers one
+wants chunks, the others wait for it. Nodes that start together are sent the same object.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from cluster.config.run import RunConfig
 from cluster.device import WORKSPACE
-from cluster.errors import MetafleetError
+from cluster.episodes.shipping import read_chunk
+from cluster.episodes.store_header import StoreHeader, read_header
+from cluster.errors import MetafleetError, StoreMissingError
+from cluster.faults import VARIABLE
 from cluster.messages import Contribution, EvaluationPart, Published, WorkerHello
 from coordinator.capacity import room
 from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Reply, Skipped, WorkerReady, payload_bytes
@@ -27,16 +36,26 @@ from metaworker.actor import WorkerActor
 LOOK_SECONDS = 2.0
 """Between two looks at the cluster's nodes."""
 
+CHUNKS_KEPT = 2
+"""Chunks of the store kept in the object store for other nodes, besides those on their way."""
+
+HELLOS = 5
+"""How often a worker that could not be reached is asked once more whether it is ready."""
+
 CONTROL = "control"
 """Concurrency group in which a worker hears of recalls while it computes."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """What an object reference is awaited for; ``order`` is ``None`` for a worker's hello."""
+    """What an object reference is awaited for; ``order`` is ``None`` for a worker's hello, and what leads to it."""
 
     slot: int
     order: Order | None
+    missing: StoreMissingError | None = None
+    """Why the worker is being sent the store."""
+    asked: int = 1
+    """How often."""
 
 
 class RayPool:
@@ -54,6 +73,7 @@ class RayPool:
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, _Pending] = {}
         self._done: deque[Any] = deque()
+        self._chunks = _Chunks(config.execution.store)
         self._nodes = NodesChanged(frozenset(), frozenset())
         self._looked = float("-inf")
         self._size = workers
@@ -105,6 +125,7 @@ class RayPool:
             self._stop(slot)
         self._pending.clear()
         self._done.clear()
+        self._chunks.drop()
 
     def _start(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         execution = self._config.execution
@@ -126,12 +147,33 @@ class RayPool:
             with contextlib.suppress(RayError):  # it may be dead already, which is what is wanted
                 ray.kill(actor)
 
+    @property
+    def _starting(self) -> bool:
+        """Whether there are workers that are not ready yet."""
+        return any(pending.order is None for pending in self._pending.values())
+
+    def _send_store(self, slot: int, missing: StoreMissingError, wanted: int | None = None) -> None:
+        """Send a worker whose node lacks the store its header, or the bytes that it wants next.
+
+        Raises:
+            StoreMissingError: the driver has nothing at that path either (any more).
+            StoreError: the driver's store cannot be read.
+        """
+        actor = self._actors[slot]
+        if wanted is not None:
+            reference = actor.take.remote(self._chunks.at(wanted))
+        elif (header := self._chunks.header()) is not None:
+            reference = actor.expect.remote(header)
+        else:
+            raise missing from None
+        self._pending[reference] = _Pending(slot, None, missing)
+
     def _look(self) -> NodesChanged | None:
         """Look at the nodes: tell of changes, and give new room new workers."""
         self._looked = time.monotonic()
         alive = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
         draining = frozenset(ray._private.state.state.get_draining_nodes()) & alive
-        if not any(pending.order is None for pending in self._pending.values()):
+        if not self._starting:
             wanted = self._config.execution.workers
             more = room(self._config, ray.available_resources())  # type: ignore[no-untyped-call]
             for slot in range(self._size, self._size + (more if wanted is None else min(more, wanted - self._size))):
@@ -145,19 +187,73 @@ class RayPool:
         if pending is None:
             return None
         slot, order = pending.slot, pending.order
+        if order is None and not self._starting:
+            self._chunks.drop()
         try:
             result = ray.get(reference)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
+            if order is None and isinstance(cause, StoreMissingError) and pending.missing is None:
+                self._send_store(slot, cause)
+                return None
             if order is None and isinstance(cause, MetafleetError):
                 raise cause from None
             message = f"{type(cause).__name__}: {_one_line(cause)}"
             return Failed(slot, order, "start_error" if order is None else "shard_error", message, str(error))
         except RayError as error:
-            return Failed(slot, order, "start_error" if order is None else "worker_lost", _why(error), str(error))
+            if not isinstance(error, ActorUnavailableError):
+                return Failed(slot, order, "start_error" if order is None else "worker_lost", _why(error), str(error))
+            if order is None and pending.missing is None and pending.asked < HELLOS:
+                self._pending[self._actors[slot].hello.remote()] = replace(pending, asked=pending.asked + 1)
+                return None
+            return Failed(slot, order, "unreachable", _why(error), str(error))
         if order is None:
+            if pending.missing is not None and isinstance(result, int):
+                self._send_store(slot, pending.missing, result)
+                return None
             return WorkerReady(slot, result)
         return Skipped(slot, order) if result is None else Reply(slot, order, result, payload_bytes(result))
+
+
+class _Chunks:
+    """The driver's store as objects, each put when it is first wanted; the last few are kept.
+
+    Args:
+        store: its path, where the run has one.
+    """
+
+    def __init__(self, store: str | None) -> None:
+        self._path = None if store is None else Path(store)
+        self._put: dict[int, Any] = {}
+        """By offset, in the order of putting. An object lives on while a worker is yet to take it."""
+
+    def header(self) -> StoreHeader | None:
+        """What the store says about itself; ``None`` if there is none.
+
+        Raises:
+            StoreError: its header cannot be read.
+        """
+        try:
+            return None if self._path is None else read_header(self._path)
+        except StoreMissingError:
+            return None
+
+    def at(self, offset: int) -> Any:
+        """Reference to the bytes from ``offset`` on.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
+        assert self._path is not None, "only what has a header is sent"
+        if offset not in self._put:
+            while len(self._put) >= CHUNKS_KEPT:
+                del self._put[next(iter(self._put))]
+            self._put[offset] = ray.put(read_chunk(self._path, offset))
+        return self._put[offset]
+
+    def drop(self) -> None:
+        """Keep none."""
+        self._put.clear()
 
 
 def _remote(actor: type[WorkerActor]) -> Any:
@@ -170,8 +266,16 @@ def _remote(actor: type[WorkerActor]) -> Any:
 
         def hello(self) -> WorkerHello:
             hello = self._actor.hello()
-            versions = {**hello.versions, "ray": ray.__version__}
-            return replace(hello, node_id=ray.get_runtime_context().get_node_id(), versions=versions)
+            return replace(hello, node_id=ray.get_runtime_context().get_node_id())
+
+        def expect(self, header: StoreHeader) -> WorkerHello | int:
+            return self._wanted_or_hello(self._actor.expect(header))
+
+        def take(self, chunk: bytes) -> WorkerHello | int:
+            return self._wanted_or_hello(self._actor.take(chunk))
+
+        def _wanted_or_hello(self, wanted: int | None) -> WorkerHello | int:
+            return self.hello() if wanted is None else wanted
 
         def compute(self, published: Published, order: Order) -> Contribution | EvaluationPart | None:
             if order in self._recalled:
@@ -191,13 +295,15 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     threads = str(config.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUBLAS_WORKSPACE_CONFIG": WORKSPACE}
     environment["MALLOC_ARENA_MAX"] = "1"  # what `device` asks of malloc holds for the main arena only
+    if VARIABLE in os.environ:  # scripted faults are for all processes of a run
+        environment[VARIABLE] = os.environ[VARIABLE]
     # Ray would show workers that reserve no GPU all of them.
     return environment if config.execution.gpus_per_worker > 0 else environment | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _why(error: RayError) -> str:
     """One line on why a worker is gone."""
-    if "memory" in str(error) and any(word in str(error) for word in ("OOM", "OutOfMemory", "running low on memory")):
+    if "NODE_OUT_OF_MEMORY" in str(error) or "running low on memory" in str(error):
         return "its node ran out of memory: use fewer workers a node, or train anew with a smaller shard.chunk"
     return _one_line(error)
 

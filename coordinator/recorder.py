@@ -12,6 +12,7 @@ from cluster.config.run import RunConfig
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import CommitLog, Entry
+from coordinator.goodput import Goodput
 from coordinator.history import CommitRecord, HistoryWriter, ValidationRecord
 from coordinator.meta_state import MetaState
 from coordinator.run_dir import RunDirectory
@@ -61,6 +62,11 @@ class Recorder:
         _, size = checkpoints.save(self._run.checkpoints, checkpoint, self._epoch, renew=renew)
         checkpoints.prune(self._run.checkpoints, self._keep)
         return size
+
+    def goodput(self, version: int, goodput: Goodput) -> None:
+        """Record what was computed for nothing up to a version."""
+        self._history.goodput(version, goodput.to_json())
+        self._history.flush()
 
     def unvalidated(self, checkpoint: Checkpoint) -> None:
         """Keep a version whose validation is not over, for the next driver."""

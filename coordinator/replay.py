@@ -131,14 +131,8 @@ def replay_run(run: RunDirectory, until: int | None = None, store: Path | None =
         FingerprintError: the run was computed on other hardware.
         NumericsError: what is recomputed differs from the log.
     """
-    config = load_resolved(run.config)
-    if store is not None:
-        config = with_execution(config, store=str(store.absolute()))
-    identity, entries = run.identity(), _logged(run, until)
-    check_config(run, identity, config)
-    source = open_source(config)
-    check_source(identity, source.digest, source.split_digest)
-    worker = ShardWorker(config, source)
+    entries = logged_entries(run, until)
+    config, identity, worker = open_worker(run, store)
     _check_fingerprint(run, identity, entries, worker)
     replayer = Replayer(config, worker.learner, MetaState.initial(config, worker.learner))
     if replayer.state.digest != identity.initial_digest:
@@ -154,7 +148,19 @@ def replay_run(run: RunDirectory, until: int | None = None, store: Path | None =
     return replayer, entries
 
 
-def _logged(run: RunDirectory, until: int | None) -> list[Entry]:
+def open_worker(run: RunDirectory, store: Path | None) -> tuple[RunConfig, RunIdentity, ShardWorker]:
+    """A run's configuration and identity, and a worker of this process on its data."""
+    config = load_resolved(run.config)
+    if store is not None:
+        config = with_execution(config, store=str(store.absolute()))
+    identity = run.identity()
+    check_config(run, identity, config)
+    source = open_source(config)
+    check_source(identity, source.digest, source.split_digest)
+    return config, identity, ShardWorker(config, source)
+
+
+def logged_entries(run: RunDirectory, until: int | None) -> list[Entry]:
     """The log's entries up to ``until``, or all of a log that holds all."""
     entries = read_log(run)
     if until is not None and not 0 <= until <= len(entries):
@@ -207,8 +213,14 @@ def check_source(identity: RunIdentity, store_digest: str, split_digest: str) ->
         raise CheckpointError(f"the run was made with another {what} than the one found now: give its own --store")
 
 
-def replay_command(run: Path, *, until: int | None, store: Path | None, as_json: bool) -> dict[str, Any]:
+def replay_command(
+    run: Path, *, until: int | None, shard: int | None, store: Path | None, as_json: bool
+) -> dict[str, Any]:
     """``metafleet replay``: recompute and compare; what does not agree is an error."""
+    if shard is not None:
+        from coordinator.replay_shard import shard_command
+
+        return shard_command(RunDirectory.open(run), shard, until, store, as_json=as_json)
     started = time.monotonic()
     replayer, entries = replay_run(RunDirectory.open(run), until, store)
     report = {

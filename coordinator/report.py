@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from rich import box
@@ -47,6 +47,8 @@ class RunSummary:
     """Versions of the checkpoints that are kept, ascending."""
     best: int | None = None
     """The version of the best checkpoint by validation."""
+    goodput: Mapping[str, Any] = field(default_factory=dict)
+    """``Goodput.to_json``: what was computed for nothing, and why."""
     mixed: bool = False
     """Whether workers of different hardware took part, which voids the promise of equal bits."""
     evaluation: Mapping[str, Any] | None = None
@@ -56,6 +58,7 @@ class RunSummary:
         """Plain data for ``--json``, one key per field."""
         plain = dict(vars(self))
         plain["failures"] = dict(self.failures)
+        plain["goodput"] = dict(self.goodput)
         plain["checkpoints"] = list(self.checkpoints)
         plain["evaluation"] = None if self.evaluation is None else dict(self.evaluation)
         return plain
@@ -112,11 +115,24 @@ def _rows(summary: RunSummary) -> list[tuple[str, str]]:
         ("wall time", format_duration(summary.wall_seconds)),
         ("speed", f"{speed} tasks/s with {_workers(summary.workers)}"),
         ("failures", failures or "none"),
+        *(("goodput", line) for line in _goodput(summary.goodput)),
         ("checkpoints", checkpoints + best),
         ("digest", summary.digest),
         *(("label", line) for line in bits),
     ]
     return rows
+
+
+def _goodput(goodput: Mapping[str, Any]) -> list[str]:
+    """How much of what was computed counted, and what the rest was lost to, in one line."""
+    if not goodput:
+        return []
+    lost, seconds = goodput["lost_shards"], goodput["lost_seconds"]
+    causes = ", ".join(f"{cause} {count} ({seconds.get(cause, 0.0):.1f} s)" for cause, count in lost.items())
+    recovery = goodput["mean_recovery_seconds"]
+    parts = [f"{goodput['goodput']:.1%} of the shards computed counted", *([f"lost to {causes}"] if causes else [])]
+    parts += [] if recovery is None else [f"{goodput['recoveries']} recoveries, {recovery:.1f} s on average"]
+    return ["; ".join(parts)]
 
 
 def _workers(count: int) -> str:

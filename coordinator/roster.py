@@ -66,6 +66,8 @@ class Roster:
         self._alive: frozenset[str] = frozenset()
         self._draining: frozenset[str] = frozenset()
         self._failed_starts = 0
+        self._hosts: set[str] = set()
+        """Nodes that have had workers: a head may have no room for any."""
 
     def __iter__(self) -> Iterator[Member]:
         """The ready workers, by slot."""
@@ -97,6 +99,7 @@ class Roster:
             self._goodput.recovered(now - place.lost_at)
             place.lost_at = None
         self._failed_starts = 0
+        self._hosts.add(hello.node_id)
         member = Member(slot, hello, now, draining=hello.node_id in self._draining)
         self._members[slot] = member
         return member
@@ -113,13 +116,13 @@ class Roster:
         self._schedule(member.slot)
         return member.queue
 
-    def fail_start(self, slot: int, message: str) -> None:
-        """A slot's worker could not be started.
+    def fail_start(self, slot: int, message: str, *, counts: bool = True) -> None:
+        """A slot's worker could not be started; it ``counts`` unless that may be the network's fault alone.
 
         Raises:
             ClusterError: too often, and there are too few workers.
         """
-        self._failed_starts += 1
+        self._failed_starts += counts
         if self._failed_starts >= START_FAILURES and len(self._members) < self.least:
             raise ClusterError(f"workers fail to start: {message}")
         self._schedule(slot)
@@ -155,6 +158,8 @@ class Roster:
     def avoided(self) -> frozenset[str]:
         """Nodes that get no new workers now."""
         now = self._clock()
+        if len(self._members) < self.least:  # better a bad node than none
+            return self._draining
         return self._draining | frozenset(name for name, node in self._nodes.items() if node.until > now)
 
     @property
@@ -178,7 +183,7 @@ class Roster:
         node.failures.append(now)
         while node.failures and node.failures[0] < now - self._policy.quarantine:
             node.failures.popleft()
-        others = self._alive - self.avoided - {name}
+        others = (self._hosts & self._alive) - self.avoided - {name}
         if len(node.failures) >= self._policy.node_failures and others and node.until <= now:
             node.until = now + self._policy.quarantine
             node.failures.clear()

@@ -26,6 +26,7 @@ from cluster.config.loading import RESOLVED_NAME, save_resolved
 from cluster.config.run import RunConfig
 from cluster.durable import fsync_directory, write_bytes_atomically
 from cluster.errors import RunDirectoryError
+from cluster.records import shown
 
 FORMAT = ["metafleet-run", 1]
 IDENTITY = "run.msgpack"
@@ -215,7 +216,7 @@ class RunDirectory:
                 raise ValueError("it is too large")
             name, schema, packed, digest = msgpack.unpackb(path.read_bytes())
             if [name, schema] != FORMAT:
-                raise ValueError(f"it is {name!r} {schema}, expected {FORMAT[0]!r} {FORMAT[1]}")
+                raise ValueError(f"it is {shown(name)} {shown(schema)}, expected {FORMAT[0]!r} {FORMAT[1]}")
             if hashlib.sha256(packed).digest() != digest:
                 raise ValueError("it does not match its digest")
             return RunIdentity(**msgpack.unpackb(packed))

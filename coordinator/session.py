@@ -78,6 +78,9 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
             run.save_config(with_execution(config, other_hardware=False))
         else:
             run, start = begin(config, path, source, learner, crew.first, stack)
+        crew.dispatcher.reproduce = lambda task: (
+            f"metafleet replay {run.path} --shard {task.shard} --until {task.base_version}"
+        )
         trainer = _train(config, run, learner, crew, start, watch)
         summary = _finish(config, source, run, crew, trainer, view)
     if not as_json:
@@ -260,5 +263,6 @@ def _summary(
         checkpoints=kept,
         best=None if best is None else checkpoints.version_of(best)[0],
         mixed=trainer.progress.mixed,
+        goodput=trainer.goodput.to_json(),
         evaluation=evaluation,
     )

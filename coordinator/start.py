@@ -32,7 +32,7 @@ from coordinator.meta_state import MetaState
 from coordinator.replay import Replayer, check_config, check_source
 from coordinator.run_dir import RunDirectory, RunIdentity
 from coordinator.tail import recompute_tail
-from coordinator.train import Progress, Start, check_data, check_worker
+from coordinator.train import Progress, Start, check_data, check_software, check_worker
 from metaworker.learners.base import Learner
 
 
@@ -74,6 +74,7 @@ def begin(
         source.sample_shape,
     )
     check_data(identity.store_digest, identity.split_digest, first)
+    check_software(identity, first)
     run = RunDirectory.create(path, identity, config)
     stack.callback(run.release)
     return run, Start(identity, initial, build_aggregator(config.aggregator))
@@ -115,6 +116,7 @@ def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Ca
     """
     identity, at, first = found.identity, found.at, crew.first
     check_data(identity.store_digest, identity.split_digest, first)
+    check_software(identity, first)
     elsewhere = first.fingerprint != identity.fingerprint
     execution = config.execution
     if elsewhere and execution.pool == "strict" and not execution.other_hardware:
@@ -138,6 +140,8 @@ def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Ca
         unvalidated=found.unvalidated,
         saved=found.saved,
     )
+    crew.dispatcher.goodput.restore(at.goodput)
+    crew.dispatcher.goodput.lose("driver", shards=sum(len(entry.counted) for entry in found.tail))
     same = _same_bits(config, found, first)
     if isinstance(config.aggregator, AsyncAggregator):
         start = _go_on_async(config, learner, found, crew, start, same, say)
@@ -192,6 +196,7 @@ def _go_on_async(
                 passed.append(replace(at, state=replayer.state, recent=replayer.recent, pending=(), dropped=()))
         progress.failures["stale"] += sum(len(entry.dropped) for entry in tail) - len(dropped)
         progress.episodes += replayer.episodes
+        crew.dispatcher.goodput.useful += sum(len(entry.counted) for entry in tail)
         state, recent, dropped = replayer.state, replayer.recent, ()
     elif tail:
         what = f"versions {at.state.version + 1}–{tail[-1].version} of {found.run.path} are in its log alone"

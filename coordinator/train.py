@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 
 from cluster.config.run import RunConfig
 from cluster.config.sections import AsyncAggregator
-from cluster.errors import FingerprintError, MetafleetError, NumericsError
+from cluster.device import versions
+from cluster.errors import ClusterError, FingerprintError, MetafleetError, NumericsError
+from cluster.faults import fail_at
 from cluster.messages import EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from cluster.metrics import Metrics
 from coordinator.aggregators.asynchronous import staleness_weight
@@ -26,6 +28,7 @@ from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
 from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Notice, Outcome
 from coordinator.evaluation import PATIENCE, EvaluationCollector, EvaluationRequest
+from coordinator.goodput import Goodput
 from coordinator.history import CommitRecord, ValidationRecord
 from coordinator.meta_state import MetaState
 from coordinator.outer_optimizer import OuterOptimizer
@@ -201,6 +204,7 @@ class Trainer:
         self._r.metrics.contribution(contribution, staleness, accepted.seconds, weight)
         if isinstance(result, Dropped):
             self._dropped.append(result)
+            self.goodput.lose("stale", contribution.statistics.adapt_seconds)
             self.progress.failures["stale"] += 1
             self._r.metrics.failure("stale")
         elif result is not None:
@@ -221,6 +225,7 @@ class Trainer:
             )
         self.state, self._last = state, update
         self.progress.episodes += update.episodes
+        self.goodput.useful += len(update.counted)
         self._since_start += update.episodes
         entry = Entry(state.version, tuple(update.counted), tuple(self._dropped), state.digest)
         self._dropped.clear()
@@ -285,16 +290,26 @@ class Trainer:
             episodes=self.progress.episodes,
             seconds=self.seconds,
             failures=dict(self.progress.failures),
+            goodput=self.goodput.pack(),
         )
 
     def _save(self, *, renew: bool = False) -> None:
         self._r.metrics.checkpoint(self._r.recorder.checkpoint(self._checkpoint(), renew=renew))
+        self._r.recorder.goodput(self.state.version, self.goodput)
         self._saved = True
 
     def _publish(self) -> Handle:
         published = self.state.published
         self._r.metrics.published(published.theta.nbytes + sum(rows.nbytes for rows in published.state.values()))
-        return self._r.pool.publish(published)
+        fail_at("publish", version=self.state.version)
+        handle = self._r.pool.publish(published)
+        fail_at("published", version=self.state.version)
+        return handle
+
+    @property
+    def goodput(self) -> Goodput:
+        """How much of what was computed counted, over all attempts."""
+        return self._r.dispatcher.goodput
 
     @property
     def seconds(self) -> float:
@@ -327,6 +342,7 @@ class Trainer:
         dispatcher, last = self._r.dispatcher, self._last
         self._r.metrics.in_flight(dispatcher.in_flight)
         self._r.metrics.workers(dispatcher.workers)
+        self._r.metrics.goodput(self.goodput.share, self.goodput.lost, self.goodput.lost_seconds)
         nan = float("nan")
         self._r.view.update(
             Snapshot(
@@ -352,6 +368,7 @@ def check_worker(config: RunConfig, identity: RunIdentity, hello: WorkerHello) -
         FingerprintError: it is other hardware, in a strict pool.
     """
     check_data(identity.store_digest, identity.split_digest, hello)
+    check_software(identity, hello)
     if hello.fingerprint == identity.fingerprint:
         return True
     if config.execution.pool == "strict":
@@ -361,6 +378,27 @@ def check_worker(config: RunConfig, identity: RunIdentity, hello: WorkerHello) -
             "be promised; use equal nodes, or --execution.pool mixed"
         )
     return False
+
+
+def check_software(identity: RunIdentity, hello: WorkerHello) -> None:
+    """Refuse a worker that understands the configuration otherwise, or runs other software than the driver.
+
+    Raises:
+        ClusterError: another version of Metafleet or Ray there. (Another torch is another fingerprint.)
+    """
+    here = versions()
+    for name in ("metafleet", "ray"):
+        there = hello.versions.get(name, here[name])
+        if there != here[name]:
+            raise ClusterError(
+                f"worker {hello.worker} on {hello.node} runs {name} {there}, the driver {here[name]}: install one "
+                "version on every node"
+            )
+    if hello.config_digest not in ("", identity.config_digest):
+        raise ClusterError(
+            f"worker {hello.worker} on {hello.node} reads the run's configuration otherwise (digest "
+            f"{hello.config_digest[:12]}, not {identity.config_digest[:12]}): install one version on every node"
+        )
 
 
 def check_data(store_digest: str, split_digest: str, hello: WorkerHello) -> None:

@@ -1,14 +1,24 @@
-"""The Ray actor around a ``ShardWorker``: opens the data by itself and answers one order after another."""
+"""The Ray actor around a ``ShardWorker``: opens the data by itself and answers one order after another.
+
+Where a node has no store at the run's path, ``hello`` says so, ``expect`` and ``take`` bring it into the node's cache,
+and ``hello`` is asked again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 
 import torch
 
+from cluster.config.loading import with_execution
 from cluster.config.run import RunConfig
+from cluster.device import versions
 from cluster.episodes import open_source
+from cluster.episodes.shipping import Arrival
+from cluster.episodes.store_header import StoreHeader
 from cluster.errors import ClusterError, MetafleetError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
 from metaworker.shard_worker import ShardWorker
@@ -23,26 +33,49 @@ class WorkerActor:
         self._slot = slot
 
     def hello(self) -> WorkerHello:
-        """Start working and say who this worker is: asked once, before anything else.
+        """Start working and say who this worker is: asked before any order.
 
         Raises:
+            StoreMissingError: this node has nothing at the store's path.
             MetafleetError: this node cannot work on the run, for instance since its store is another one.
         """
-        node = socket.gethostname()
-        try:
+        with self._signing():
             source = open_source(self._config)
             self._worker = ShardWorker(self._config, source, self._slot)
-        except MetafleetError as error:
-            raise type(error)(f"{error} (worker {self._slot} on {node})") from error
         return WorkerHello(
             worker=self._slot,
             pid=os.getpid(),
-            node=node,
+            node=socket.gethostname(),
             store_digest=source.digest,
             split_digest=source.split_digest,
             fingerprint=self._worker.fingerprint,
             fingerprint_detail=self._worker.fingerprint_detail,
+            config_digest=self._config.result_digest(),
+            versions=versions(),
         )
+
+    def expect(self, header: StoreHeader) -> int | None:
+        """Read the store from the cache from now on; the offset of its bytes wanted first, ``None`` if it is there.
+
+        Waits while another worker of this node is being sent it.
+
+        Raises:
+            StoreError: the cache cannot keep it.
+        """
+        with self._signing():
+            self._arrival = Arrival(header)
+            self._config = with_execution(self._config, store=str(self._arrival.path))
+        return self._arrival.wanted
+
+    def take(self, chunk: bytes) -> int | None:
+        """Write the bytes of the store that were wanted; the offset of the next ones, ``None`` when it is there.
+
+        Raises:
+            StoreError: the cache cannot keep them, or they are not the store's.
+        """
+        with self._signing():
+            self._arrival.add(chunk)
+        return self._arrival.wanted
 
     def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
         """The answer to an order.
@@ -61,3 +94,11 @@ class WorkerActor:
                 f"out of memory on {self._worker.device}: train anew with a smaller --shard.chunk, or with fewer "
                 f"workers a node or GPU ({str(error).splitlines()[0]})"
             ) from error
+
+    @contextlib.contextmanager
+    def _signing(self) -> Iterator[None]:
+        """Errors for the user say which worker they are from."""
+        try:
+            yield
+        except MetafleetError as error:
+            raise type(error)(f"{error} (worker {self._slot} on {socket.gethostname()})") from error

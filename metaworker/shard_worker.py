@@ -20,6 +20,7 @@ from torch.func import vmap
 from cluster.config.run import RunConfig
 from cluster.device import fingerprint, fingerprint_detail, prepare
 from cluster.episodes.types import Episodes, EpisodeSource
+from cluster.faults import Fault, fail_at
 from cluster.flat import FlatSpec, Tensors
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardStatistics, ShardTask
 from metaworker.learners import build_learner
@@ -57,6 +58,8 @@ class ShardWorker:
 
     def compute(self, published: Published, task: ShardTask) -> Contribution:
         """The contribution of one shard to the version after ``published``."""
+        about = {"version": task.base_version, "shard": task.shard, "attempt": task.attempt, "slot": self.slot}
+        fail_at("compute", **about)
         started = time.perf_counter()
         idle = started - self._idle_since
         theta, state = self._load(published)
@@ -79,7 +82,10 @@ class ShardWorker:
             statistics=_statistics(result, sampled - started, done - sampled, idle),
             fingerprint=self.fingerprint,
         )
+        fault = fail_at("computed", **about)
         contribution = replace(contribution, digest=contribution.content_digest())
+        if fault is not None:
+            contribution = _faulty(fault, contribution, time.perf_counter() - started)
         self._idle_since = time.perf_counter()
         return contribution
 
@@ -119,6 +125,19 @@ class ShardWorker:
             }
             self._version = published.version
         return self._theta, self._state
+
+
+def _faulty(fault: Fault, contribution: Contribution, seconds: float) -> Contribution:
+    """What a scripted fault makes of a contribution that took so many seconds."""
+    if fault.action == "wait":
+        time.sleep((fault.factor - 1) * seconds)
+        return contribution
+    if fault.action == "garbage":
+        return "garbage"  # type: ignore[return-value]
+    gradient = contribution.gradient.copy()
+    gradient[0] = np.nan if fault.action == "nonfinite" else gradient[0] + 1
+    wrong = replace(contribution, gradient=gradient)
+    return wrong if fault.action == "flip_after" else replace(wrong, digest=wrong.content_digest())
 
 
 def evaluate_episodes(

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -33,6 +33,11 @@ DEFAULT_RECIPE = "glyphs-maml"
 
 RESOLVED_NAME = "config.toml"
 """File name of the resolved configuration in a run directory."""
+
+DEEPEST = 16
+"""How deep tables and lists of a recipe may be nested; every field lies higher."""
+
+TOO_DEEP = f"has tables or lists more than {DEEPEST} deep: no field lies there"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def resolve(recipe: Mapping[str, Any], overrides: Sequence[Override] = ()) -> Ru
 
 def load_resolved(path: Path) -> RunConfig:
     """The configuration that ``save_resolved`` wrote. ConfigError: missing, no TOML, or refused by this version."""
-    return _validate(_parse(_read(path, "resolved configuration"), str(path)))
+    return _validate(_parse(_read(path, "resolved configuration"), str(path)), f"{path}: ")
 
 
 def save_resolved(config: RunConfig, path: Path) -> None:
@@ -153,15 +158,36 @@ def _read(path: Path, what: str) -> str:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        tables = tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError is one, and so is what int() says of too many digits
         raise ConfigError(f"{where} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} {TOO_DEEP}") from error
+    if problem := _excess(tables):
+        raise ConfigError(f"{where} {problem}")
+    return tables
 
 
-def _validate(raw: Mapping[str, Any]) -> RunConfig:
+def _excess(tables: dict[str, Any]) -> str | None:
+    """Why tables are refused before anything walks or prints them: too deep, or with too long a number."""
+    level: list[Any] = [tables]
+    for _ in range(DEEPEST):
+        if any(isinstance(value, int) and value.bit_length() > 64 for value in level):
+            return "has a whole number of more than 64 bits: give a smaller one"
+        level = [inner for value in level for inner in _inside(value)]
+    return TOO_DEEP if level else None
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """The values directly in a table or list."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _validate(raw: Mapping[str, Any], where: str = "") -> RunConfig:
+    """The configuration; refusals begin with ``where``."""
     try:
         # By way of JSON, because there pydantic can be strict (true is no number, "5" is no 5) and yet take lists
         # for tuples. Dates, which TOML has and JSON has not, become text and are refused as such.
         return RunConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError(describe(error)) from error
+        raise ConfigError(where + describe(error)) from error

@@ -29,7 +29,7 @@ def describe(error: ValidationError) -> str:
     if others:
         keys = ", ".join(dict.fromkeys(dotted(other["loc"]) or "the whole" for other in others))
         line += f" (also wrong: {keys})"
-    return line
+    return _one_line(line)
 
 
 def dotted(location: Sequence[int | str]) -> str:
@@ -64,9 +64,9 @@ def unknown_key(key: str, parent: str, section: type[Section], when: str) -> str
     refused = f"{key}: no such key" + (f" in {parent}.type {when}" if when else "")
     owners = dict.fromkeys(field.when for field in all_fields() if field.path in (path, f"{path}.type"))
     if owners:
-        return f"{refused}; {path} belongs to {parent}.type {' or '.join(owners)}"
+        return _one_line(f"{refused}; {path} belongs to {parent}.type {' or '.join(owners)}")
     allowed = ", ".join(section.model_fields)
-    return f"{refused};{_guess(key, below, list(section.model_fields))} allowed: {allowed}"
+    return _one_line(f"{refused};{_guess(key, below, list(section.model_fields))} allowed: {allowed}")
 
 
 def _guess(key: str, below: str, siblings: list[str]) -> str:
@@ -83,7 +83,12 @@ def unknown_type(path: str, received: Any, allowed: Sequence[str]) -> str:
     """Why the ``type`` of a section is refused."""
     near = get_close_matches(str(received), allowed, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
-    return f"{path}: {_quoted(received)} is none of {', '.join(allowed)}{guess}"
+    return _one_line(f"{path}: {_quoted(received)} is none of {', '.join(allowed)}{guess}")
+
+
+def _one_line(text: str) -> str:
+    """``text`` with its line ends and other control characters escaped: keys and values are a user's."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _describe_one(error: ErrorDetails) -> str:

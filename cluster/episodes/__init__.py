@@ -1,4 +1,4 @@
-"""Episodes: store and ingest, class splits, sampler, and the embedded sources; ``open_source`` joins them."""
+"""Episodes: store, ingest and shipping, class splits, sampler, and the embedded sources; ``open_source`` joins them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def open_source(config: RunConfig) -> EpisodeSource:
 
     Raises:
         ConfigError: the configuration needs a store and none is given.
+        StoreMissingError: this node has nothing at the store's path (``shipping`` brings it).
         StoreError, SplitError: the store or the split cannot be used.
     """
     from cluster.episodes.sampler import StoreSource

@@ -80,7 +80,8 @@ class EpisodeStore:
         """Map the store ``path`` after checking all of it: header, size, digest, schema, contents.
 
         Raises:
-            StoreError: it is missing, foreign, truncated, altered, or breaks a rule of the format.
+            StoreMissingError: there is nothing at ``path``.
+            StoreError: it is foreign, truncated, altered, or breaks a rule of the format.
         """
         path = Path(path)
         header = read_header(path)

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +24,7 @@ from typing import Any
 import msgpack
 
 from cluster.durable import cache_folder, write_bytes_atomically
-from cluster.errors import StoreError
+from cluster.errors import StoreError, StoreMissingError
 
 MAGIC = "metafleet episode store"
 SCHEMA_VERSION = 1
@@ -62,6 +63,9 @@ class StoreHeader:
 
     def problem(self) -> str | None:
         """What is impossible about this header, or ``None``."""
+        for number in (self.size, self.samples, self.classes, *self.sample_shape):
+            if type(number) is not int:
+                return "its size, samples, classes and sample shape are not all whole numbers"
         ranks = {"uint8": 3, "float32": 1}
         if self.dtype not in ranks:
             return f"dtype {self.dtype!r} is neither uint8 (images) nor float32 (vectors)"
@@ -102,13 +106,20 @@ def read_header(path: str | os.PathLike[str]) -> StoreHeader:
     """The header of the store ``path``. The data file is looked for but not read.
 
     Raises:
-        StoreError: there is no store at ``path``, or its header is missing, truncated, altered or of another version.
+        StoreMissingError: there is nothing at ``path``.
+        StoreError: what is there is no store, or its header is missing, truncated, altered or of another version.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        folder = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no file can have
+        raise StoreMissingError(
+            f"{path}: no such episode store: check the path, or make it with `metafleet ingest`"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}): check the file and its permissions") from None
+    if folder:
         raise StoreError(f"{path}: is a folder, not an episode store: give the file that `metafleet ingest` wrote")
-    if not path.exists():
-        raise StoreError(f"{path}: no such episode store: check the path, or make it with `metafleet ingest`")
     try:
         with open(header_path(path), "rb") as file:
             raw = file.read(HEADER_LIMIT + 1)
@@ -191,8 +202,8 @@ def verify(path: Path, header: StoreHeader) -> FileIdentity:
 
 def file_identity(path: Path) -> FileIdentity:
     """What tells the file ``path`` from any other, and from itself after a change."""
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 def _digest_once(path: Path, identity: FileIdentity) -> str:

@@ -29,6 +29,7 @@ from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
 from coordinator.crew import Crew
 from coordinator.dispatch import Dispatcher, Joined
+from coordinator.goodput import Goodput
 from coordinator.history import CommitRecord
 from coordinator.meta_state import MetaState
 from coordinator.pool import Event, Failed, NodesChanged, Order, Reply, Skipped, WorkerReady
@@ -398,6 +399,9 @@ class MemoryRecorder:
     def checkpoint(self, checkpoint: Checkpoint, *, renew: bool = False) -> int:
         self.saved = checkpoint
         return 0
+
+    def goodput(self, version: int, goodput: Goodput) -> None:
+        pass
 
 
 IDENTITY = RunIdentity("config", "store", "split", "initial", "f", {"cpu": "f"}, [1])

@@ -53,7 +53,18 @@ def whole(version: int = 200) -> Checkpoint:
     bad = contribution(17, version - 1, ODD, loss=float("nan"), proposals={"mean": np.array([[np.nan], [2.0]])})
     pending = ((contribution(12, version, ODD[::-1]), True), (bad, False))
     drops = tuple(Dropped(shard, version - 9, "digest", "too stale") for shard in (13, 15))
-    return Checkpoint(state(version), recent, pending, drops, 18, "config", 6400, 12.5, {"worker_lost": 2})
+    return Checkpoint(
+        state(version),
+        recent,
+        pending,
+        drops,
+        18,
+        "config",
+        6400,
+        12.5,
+        {"worker_lost": 2},
+        {"useful": 7, "lost": {"copy": 1}},
+    )
 
 
 def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
@@ -79,7 +90,7 @@ def assert_equal_bits(a: Checkpoint, b: Checkpoint) -> None:
             other_c.base_version,
             other_c.episodes,
         )
-    for name in ("dropped", "next_id", "config_digest", "episodes", "seconds", "failures"):
+    for name in ("dropped", "next_id", "config_digest", "episodes", "seconds", "failures", "goodput"):
         assert getattr(a, name) == getattr(b, name)
 
 
@@ -128,7 +139,7 @@ def test_what_is_loaded_is_no_view_of_the_file_s_bytes(tmp_path: Path, monkeypat
 
 
 def test_a_first_checkpoint_has_no_optimizer_state_and_nothing_pending(tmp_path: Path) -> None:
-    saved = Checkpoint(replace(state(0), optimizer={}, state={}), (), (), (), 0, "config", 0, 0.0, {})
+    saved = Checkpoint(replace(state(0), optimizer={}, state={}), (), (), (), 0, "config", 0, 0.0, {}, {})
     assert_equal_bits(saved, checkpoints.load(checkpoints.save(tmp_path, saved, 1)[0], LAYOUT))
 
 

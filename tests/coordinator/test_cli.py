@@ -273,16 +273,16 @@ def test_evaluate_refuses(capsys: pytest.CaptureFixture[str], run: Path, argv: s
 
 
 def test_replay_hands_over_the_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Path, int | None, Path | None, bool]] = []
+    calls: list[tuple[Any, ...]] = []
 
-    def replay_command(run: Path, *, until: int | None, store: Path | None, as_json: bool) -> dict[str, Any]:
-        calls.append((run, until, store, as_json))
+    def replay_command(run: Path, **options: Any) -> dict[str, Any]:
+        calls.append((run, *options.values()))
         return {}
 
     stand_in(monkeypatch, "coordinator.replay", replay_command)
     assert main(["replay", str(run)]) == 0
-    assert main(["replay", str(run), "--until", "7", "--store", "s", "--json"]) == 0
-    assert calls == [(run, None, None, False), (run, 7, Path("s"), True)]
+    assert main(["replay", str(run), "--until", "7", "--shard", "3", "--store", "s", "--json"]) == 0
+    assert calls == [(run, None, None, None, False), (run, 7, 3, Path("s"), True)]
 
 
 def test_inspect_tells_runs_and_checkpoints_from_stores(

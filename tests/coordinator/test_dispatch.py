@@ -23,8 +23,11 @@ from coordinator.pool import Order
 from tests.coordinator.harness import FakePool, answer, contribution
 
 NAN = float("nan")
-NOW = 1e-9
-"""Seconds until a lost worker is replaced again."""
+
+
+def still() -> float:
+    """A clock that stands: nothing takes any time, and no choice depends on how fast this machine is."""
+    return 0.0
 
 
 def shard(number: int, version: int = 0) -> ShardTask:
@@ -57,7 +60,7 @@ def drain(dispatcher: Dispatcher, pool: FakePool) -> list[Outcome]:
 def started(slots: int, limit: int = 2, attempts: int = 3, **options: object) -> tuple[Dispatcher, FakePool]:
     """A dispatcher whose workers are all ready."""
     pool = FakePool(slots, limit, **options)  # type: ignore[arg-type]
-    dispatcher = Dispatcher(pool, Policy(limit, attempts, backoff=NOW))
+    dispatcher = Dispatcher(pool, Policy(limit, attempts, backoff=0.0), still)
     pool.ready()
     assert [type(outcome) for outcome in drain(dispatcher, pool)] == [Joined] * slots
     return dispatcher, pool
@@ -81,7 +84,7 @@ def accepted(outcomes: list[Outcome]) -> list[int]:
 
 def test_nobody_is_asked_before_being_ready() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
     assert (dispatcher.workers, dispatcher.room, dispatcher.next(1.0)) == (0, 0, None)
     with pytest.raises(ValueError, match=r"shard 0 \(episodes 0–7\) cannot be submitted: no worker has room"):
         submit(dispatcher, shard(0))
@@ -131,7 +134,7 @@ def test_one_piece_of_work_is_under_way_once() -> None:
 def test_replies_become_outcomes_in_the_order_of_completion_with_time_and_size() -> None:
     now = [100.0]
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW), clock=lambda: now[0])
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), clock=lambda: now[0])
     pool.ready()
     drain(dispatcher, pool)
     submit(dispatcher, shard(0))
@@ -480,7 +483,7 @@ def test_nothing_speaks_against_a_new_worker_in_the_first_one_s_slot() -> None:
 
 def test_three_failed_starts_in_a_row_end_the_run() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
     pool.fail_start(0)
     (failure,) = drain(dispatcher, pool)
     assert failure == Failure("worker_lost", "worker 0 failed to start: no such luck")
@@ -494,7 +497,7 @@ def test_three_failed_starts_in_a_row_end_the_run() -> None:
 
 def test_a_start_that_works_forgives_the_failed_ones_before() -> None:
     pool = FakePool(2)
-    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=NOW))
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
     for _ in range(4):
         for _ in range(2):
             pool.fail_start(0)
@@ -628,7 +631,7 @@ class Simulation:
         self._versions = versions
         self.pool = FakePool(workers, 2, self._answer)
         self.aggregator = build_aggregator(config)
-        self.dispatcher = Dispatcher(self.pool, Policy(2, attempts=1000, backoff=NOW))
+        self.dispatcher = Dispatcher(self.pool, Policy(2, attempts=1000, backoff=0.0), still)
         self.version = 0
         self.counted: list[Counted] = []
         self.happened: Counter[str] = Counter()

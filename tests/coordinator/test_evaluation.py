@@ -82,7 +82,7 @@ class Working(FakePool):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_whole_evaluation_survives_its_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = Working(workers, lambda event: {2: "die", 4: "fail", 7: "die"}.get(event, ""))
-    dispatcher = Dispatcher(pool, Policy(2, 3))
+    dispatcher = Dispatcher(pool, Policy(2, 3), clock=lambda: 0.0)
     pool.ready()
     for _ in range(workers):
         assert isinstance(dispatcher.next(1.0), Joined)

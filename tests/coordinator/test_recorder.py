@@ -25,7 +25,7 @@ INITIAL = MetaState.initial(TINY, build_learner(TINY, (1,)))
 
 
 def at(version: int) -> Checkpoint:
-    return Checkpoint(replace(INITIAL, version=version), (), (), (), 0, "config", 10 * version, 0.1 * version, {})
+    return Checkpoint(replace(INITIAL, version=version), (), (), (), 0, "config", 10 * version, 0.1 * version, {}, {})
 
 
 def entry(version: int) -> Entry:
