@@ -165,6 +165,9 @@ class _Tap:
     def recall(self, slot: int, order: Order) -> None:
         self._pool.recall(slot, order)
 
+    def end(self, slot: int) -> None:
+        raise RuntimeError(f"worker {slot} was given up during a measurement: run it again")
+
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         raise RuntimeError(f"worker {slot} was lost during a measurement: run it again")
 

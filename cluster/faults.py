@@ -71,9 +71,7 @@ class Script:
     def find(self, point: Point, about: dict[str, int | None]) -> Fault | None:
         """The first fault that fits and has not fired ``times`` times yet; it has once more when this returns."""
         for index, fault in enumerate(self._faults):
-            fits = fault.point == point and all(
-                getattr(fault, name) in (None, value) for name, value in about.items() if value is not None
-            )
+            fits = fault.point == point and all(getattr(fault, name) in (None, value) for name, value in about.items())
             if fits and self._fire(index, fault.times):
                 return fault
         return None

@@ -44,7 +44,7 @@ from cluster.errors import PortError
 from cluster.messages import Contribution
 
 FailureKind = Literal[
-    "worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch", "deadline", "unreachable"
+    "worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch", "deadline", "unreachable", "refused"
 ]
 """What can go wrong with an attempt without ending the run; the values of the label ``kind``."""
 

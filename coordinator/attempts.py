@@ -44,6 +44,8 @@ class Policy:
     """Least seconds of a deadline."""
     min_workers: int = 1
     """Workers below which nothing is submitted."""
+    start_timeout: float = 120.0
+    """A fifth of the seconds after which a worker that is still not ready is started again."""
     backoff: float = 1.0
     """Seconds before the second start of a slot's worker in a row; doubled each time, a minute at most."""
     node_failures: int = 3
@@ -111,6 +113,8 @@ class Work:
     """The one that gave a non-finite reply, or else failed last: asked again only where there is nobody else."""
     failures: list[tuple[Member, Failed]] = field(default_factory=list)
     opinions: list[tuple[Member, Contribution]] = field(default_factory=list)
+    early: int = 0
+    """Workers that were lost when they had only just got it."""
     settled: bool = False
     accepted: Contribution | None = None
 

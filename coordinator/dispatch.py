@@ -43,6 +43,9 @@ from coordinator.roster import Roster
 SOON = 0.001
 """Least seconds of waiting for an event."""
 
+MOMENT = 0.05
+"""Seconds that a worker must have had an order for, so that this may have been its end."""
+
 UNREACHABLE = 5
 """Calls in a row that do not reach a worker after which it counts as lost."""
 
@@ -88,6 +91,8 @@ class Joined:
     """A worker is ready."""
 
     hello: WorkerHello
+    late: bool = False
+    """Whether it was not there from the start."""
 
 
 Outcome = Accepted | Evaluated | Failure | Notice | Joined
@@ -189,12 +194,11 @@ class Dispatcher:
         for member in self._helper.hung(self._clock()):
             self._hang(member)
         self._send_retries()
-        if not self._retries:
-            for attempt, helper in self._helper.moves(self._clock()):
-                running = attempt is attempt.member.running
-                if not running:
-                    self._recall(attempt)
-                self._start(attempt.work, helper, copy=running)
+        for attempt, helper in self._helper.moves(self._clock()):
+            running = attempt is attempt.member.running
+            if not running:
+                self._recall(attempt)
+            self._start(attempt.work, helper, copy=running)
         self._say_if_short()
 
     def _until_due(self) -> float:
@@ -217,14 +221,19 @@ class Dispatcher:
     def _handle(self, event: Event) -> None:
         match event:
             case WorkerReady(slot, hello):
-                self._roster.join(slot, hello)
-                self._outcomes.append(Joined(hello))
+                member = self._roster.join(slot, hello)
+                self._outcomes.append(Joined(hello, self._roster.is_late(member)))
             case Reply():
                 self._reply(event)
             case Skipped(slot, order):
                 self._leave_queue(slot, order)
             case NodesChanged(alive, draining):
-                self._drain(self._roster.nodes(alive, draining))
+                leaving, gone = self._roster.nodes(alive, draining)
+                self._drain(leaving)
+                for member in gone:
+                    if self._roster.get(member.slot) is member:
+                        self._gone(member, "its node is gone")
+                self._roster.start_due()
             case Failed(order=None):
                 self._roster.fail_start(event.slot, event.message, counts=event.kind == "start_error")
                 self._outcomes.append(Failure("worker_lost", f"worker {event.slot} failed to start: {event.message}"))
@@ -245,6 +254,7 @@ class Dispatcher:
             attempt.work.live.remove(attempt)
         if member.draining and not member.queue:
             self._roster.retire(member)
+            self._pace.leave(member)
         return attempt, seconds
 
     def _reply(self, reply: Reply) -> None:
@@ -255,12 +265,13 @@ class Dispatcher:
             return
         attempt, seconds = left
         member, work, result = attempt.member, attempt.work, reply.result
-        self._pace.add(member, reply.order, seconds)
+        if not member.draining:
+            self._pace.add(member, reply.order, seconds)
         member.unreachable = 0
         self._roster.did_something(member)
         problem = _problem(reply)
         if problem is not None:
-            self.goodput.lose("damaged", seconds)
+            self._waste(attempt, "damaged", seconds)
             if not work.settled:
                 self._fault(attempt, Failed(reply.slot, reply.order, "shard_error", problem))
         elif isinstance(result, EvaluationPart):
@@ -367,18 +378,14 @@ class Dispatcher:
         if member is None or not any(attempt.order == failed.order for attempt in member.queue):
             return
         member.unreachable += failed.kind == "unreachable"
-        if failed.kind == "worker_lost" or member.unreachable >= UNREACHABLE:
-            queue = self._roster.lose(member)
-            count = sum(not attempt.work.settled and not attempt.recalled for attempt in queue)
-            message = f"worker {failed.slot} lost ({failed.message}); replacing it, {count} order(s) reissued"
-            self._outcomes.append(Failure("worker_lost", message))
-            self._lost(queue, "worker", failed if failed.kind == "worker_lost" else None)
+        if failed.kind in ("worker_lost", "node_lost") or member.unreachable >= UNREACHABLE:
+            self._gone(member, failed.message, failed if failed.kind == "worker_lost" else None)
             self._roster.start_due()
             return
         left = self._leave_queue(failed.slot, failed.order)
         assert left is not None
         attempt, seconds = left
-        self.goodput.lose("error", seconds)
+        self._waste(attempt, "error", seconds)
         if attempt.work.settled:
             return
         if failed.kind == "unreachable":  # the network's fault, not the order's
@@ -387,6 +394,20 @@ class Dispatcher:
                 self._retry(attempt.work)
         else:
             self._fault(attempt, failed)
+
+    def _gone(self, member: Member, why: str, failed: Failed | None = None) -> None:
+        """A worker is lost; ``failed`` is given where what it computed may have been its end."""
+        queue = self._roster.lose(member)
+        count = sum(not attempt.work.settled and not attempt.recalled for attempt in queue)
+        message = f"worker {member.slot} lost ({why}); replacing it, {count} order(s) reissued"
+        self._outcomes.append(Failure("worker_lost", message))
+        self._lost(queue, "worker", failed)
+
+    def refuse(self, slot: int) -> None:
+        """A worker that has come late must not take part: it is ended, and its node kept out where there is another."""
+        member = self._roster.get(slot)
+        if member is not None:
+            self._lost(self._roster.expel(member), "error")
 
     def _fault(self, attempt: Attempt, failed: Failed) -> None:
         """An attempt failed on a worker that lives on."""
@@ -402,9 +423,10 @@ class Dispatcher:
         assert attempt is not None
         seconds = self._clock() - member.since
         what = f"{describe(attempt.order)} has taken worker {member.slot} {seconds:.1f} s, past its deadline"
-        self._outcomes.append(Failure("deadline", f"{what}: the worker is taken for hung and replaced"))
+        normal = "raise execution.deadline_floor if that is no wonder"
+        self._outcomes.append(Failure("deadline", f"{what}: the worker is taken for hung and replaced; {normal}"))
         failed = Failed(member.slot, attempt.order, "worker_lost", f"no answer within {seconds:.1f} s")
-        self._lost(self._roster.lose(member), "deadline", failed)
+        self._lost(self._roster.give_up(member), "deadline", failed)
         self._roster.start_due()
 
     def _drain(self, members: list[Member]) -> None:
@@ -426,12 +448,15 @@ class Dispatcher:
             work, member = attempt.work, attempt.member
             if attempt in work.live:
                 work.live.remove(attempt)
+            seconds = self._clock() - member.since
             if place == 0:
-                self.goodput.lose(cause, self._clock() - member.since)
+                self._waste(attempt, cause, seconds)
                 self._pace.leave(member)
             if work.settled or attempt.recalled:
                 continue
-            if place == 0 and failed is not None:
+            # One that had only just got an order may have been dead already.
+            work.early += place == 0 and seconds < MOMENT
+            if place == 0 and failed is not None and (seconds >= MOMENT or work.early > self._policy.attempts):
                 work.tried.append(member)
                 self._blame(work, member, failed)
             elif not work.live and work not in self._retries:
@@ -460,6 +485,11 @@ class Dispatcher:
         return f"; reproduce it alone by `{self.reproduce(order)}`"
 
     # ---------------------------------------------------------------------------------------------------------- sending
+
+    def _waste(self, attempt: Attempt, cause: Loss, seconds: float) -> None:
+        """An attempt at a shard was for nothing; evaluations are not counted."""
+        if isinstance(attempt.order, ShardTask):
+            self.goodput.lose(cause, seconds)
 
     def _retry(self, work: Work) -> None:
         self._retries.append(work)
@@ -511,11 +541,12 @@ def _problem(reply: Reply) -> str | None:
     """What is wrong with a reply, whatever it says; a worker's own digest finds damage on the way, nothing more."""
     order, result = reply.order, reply.result
     if isinstance(order, ShardTask):
-        if not isinstance(result, Contribution) or (result.shard, result.base_version) != (
-            order.shard,
-            order.base_version,
-        ):
+        about = order.shard, order.base_version
+        if not isinstance(result, Contribution) or (result.shard, result.base_version) != about:
             return "its reply is no answer to the order"
         return None if result.content_digest() == result.digest else "its reply was damaged on its way"
-    fits = isinstance(result, EvaluationPart) and (result.part, result.version) == (order.part, order.base_version)
-    return None if fits else "its reply is no answer to the order"
+    wanted = order.part, order.base_version, order.first_episode, order.episodes
+    if isinstance(result, EvaluationPart):
+        given = result.part, result.version, result.first_episode, len(result.loss)
+        return None if given == wanted else "its reply is no answer to the order"
+    return "its reply is no answer to the order"

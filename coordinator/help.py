@@ -14,7 +14,7 @@ from coordinator.pool import Order
 from coordinator.roster import Roster
 
 FIRST = 10.0
-"""Deadline floors that an order may take while no median is known: the first ones load code and data."""
+"""Deadline floors that a worker's first order may take: it loads code and data."""
 
 
 class Helper:
@@ -39,7 +39,7 @@ class Helper:
         """Attempts that an idle worker takes over: of what is computed a copy, what only waits as a whole."""
         if not self._policy.speculation:
             return
-        copies = sum(a.copy and not a.work.settled for m in self._roster for a in m.queue)
+        copies = sum(a.copy for m in self._roster for a in m.queue)
         most = max(1, int(self._policy.copies * len(self._roster)))
         for idle in self._roster.open:
             if idle.queue:
@@ -72,7 +72,8 @@ class Helper:
             return None
         median = self._pace.median(member.running.order)
         floor = self._policy.deadline_floor
-        return member.since + (FIRST * floor if median is None else max(floor, self._policy.deadline * median))
+        first = median is None or not self._pace.knows(member, member.running.order)
+        return member.since + (FIRST * floor if first else max(floor, self._policy.deadline * (median or 0.0)))
 
     def _waiting(self, idle: Member, now: float) -> Attempt | None:
         """Of what waits behind others, what would be begun last and is worth taking over."""

@@ -40,6 +40,10 @@ class Pace:
             self._medians[kind] = statistics.median(self._all[kind])
         return self._medians.get(kind)
 
+    def knows(self, member: Member, order: Order) -> bool:
+        """Whether this worker has done such an order."""
+        return bool(self._each.get((member, isinstance(order, EvaluationTask))))
+
     def of(self, member: Member, order: Order) -> float | None:
         """Seconds that such an order takes this worker; the median over all before its first."""
         own = self._each.get((member, isinstance(order, EvaluationTask)))

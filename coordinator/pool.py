@@ -46,8 +46,9 @@ class Failed:
 
     slot: int
     order: Order | None
-    kind: Literal["worker_lost", "unreachable", "shard_error", "start_error"]
-    """It has ended; was not reached, which says nothing of the order; its code raised; it did not start."""
+    kind: Literal["worker_lost", "node_lost", "unreachable", "shard_error", "start_error"]
+    """It has ended; with its node; was not reached; its code raised; it did not start. Only the first and the fourth
+    may be the order's doing."""
     message: str
     """One line."""
     detail: str = ""
@@ -99,6 +100,10 @@ class Pool(Protocol):
         """The next event, or ``None`` after ``timeout`` seconds."""
         ...
 
+    def end(self, slot: int) -> None:
+        """End the worker of a slot, whatever it does."""
+        ...
+
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         """Start a new worker in the slot of one that is lost, or that this ends; ``WorkerReady`` follows, or ``Failed``
         without an order.
@@ -147,6 +152,10 @@ class InProcessPool:
 
     def recall(self, slot: int, order: Order) -> None:
         """Nothing is computed before it is waited for: whatever is recalled is computed all the same."""
+
+    def end(self, slot: int) -> None:
+        """This process cannot end itself."""
+        raise MetafleetError("the in-process pool has no worker to end")
 
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         """This process cannot replace itself."""

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
@@ -38,6 +38,9 @@ LOOK_SECONDS = 2.0
 
 CHUNKS_KEPT = 2
 """Chunks of the store kept in the object store for other nodes, besides those on their way."""
+
+KEPT = 1000
+"""Versions after which a recall can no longer be for anything that is still to come."""
 
 HELLOS = 5
 """How often a worker that could not be reached is asked once more whether it is ready."""
@@ -77,6 +80,10 @@ class RayPool:
         self._nodes = NodesChanged(frozenset(), frozenset())
         self._looked = float("-inf")
         self._size = workers
+        self._ready: dict[int, str] = {}
+        """Slots with a worker that has been ready, each with its node."""
+        self._first = set(range(workers))
+        """Slots whose first worker has not been ready yet: what one of them refuses ends the run."""
         for slot in range(workers):
             self._start(slot)
 
@@ -114,6 +121,10 @@ class RayPool:
                 self._done.extend(more)
         return self._take(self._done.popleft()) if self._done else None
 
+    def end(self, slot: int) -> None:
+        """Kill the slot's actor."""
+        self._stop(slot)
+
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         """Start a new actor in the slot."""
         self._stop(slot)
@@ -143,6 +154,7 @@ class RayPool:
 
     def _stop(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)
+        self._ready.pop(slot, None)
         if actor is not None:
             with contextlib.suppress(RayError):  # it may be dead already, which is what is wanted
                 ray.kill(actor)
@@ -171,16 +183,26 @@ class RayPool:
     def _look(self) -> NodesChanged | None:
         """Look at the nodes: tell of changes, and give new room new workers."""
         self._looked = time.monotonic()
-        alive = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+        alive = _alive()
         draining = frozenset(ray._private.state.state.get_draining_nodes()) & alive
         if not self._starting:
             wanted = self._config.execution.workers
-            more = room(self._config, ray.available_resources())  # type: ignore[no-untyped-call]
+            free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+            more = sum(room(self._config, free[node]) for node in free.keys() & alive - draining)
+            # Slots whose worker is lost will need their share again.
+            more = max(0, more - (self._size - len(self._ready)))
             for slot in range(self._size, self._size + (more if wanted is None else min(more, wanted - self._size))):
                 self._size += 1
                 self._start(slot, draining)
         before, self._nodes = self._nodes, NodesChanged(alive, draining)
         return self._nodes if self._nodes != before else None
+
+    def _lost(self, slot: int, order: Order | None) -> Literal["start_error", "worker_lost", "node_lost"]:
+        """What has become of a slot's worker that does not answer."""
+        node = self._ready.pop(slot, None)
+        if order is None:
+            return "start_error"
+        return "worker_lost" if node is None or node in _alive() else "node_lost"
 
     def _take(self, reference: Any) -> Event | None:
         pending = self._pending.pop(reference, None)
@@ -196,13 +218,13 @@ class RayPool:
             if order is None and isinstance(cause, StoreMissingError) and pending.missing is None:
                 self._send_store(slot, cause)
                 return None
-            if order is None and isinstance(cause, MetafleetError):
+            if order is None and isinstance(cause, MetafleetError) and slot in self._first:
                 raise cause from None
             message = f"{type(cause).__name__}: {_one_line(cause)}"
             return Failed(slot, order, "start_error" if order is None else "shard_error", message, str(error))
         except RayError as error:
             if not isinstance(error, ActorUnavailableError):
-                return Failed(slot, order, "start_error" if order is None else "worker_lost", _why(error), str(error))
+                return Failed(slot, order, self._lost(slot, order), _why(error), str(error))
             if order is None and pending.missing is None and pending.asked < HELLOS:
                 self._pending[self._actors[slot].hello.remote()] = replace(pending, asked=pending.asked + 1)
                 return None
@@ -211,6 +233,8 @@ class RayPool:
             if pending.missing is not None and isinstance(result, int):
                 self._send_store(slot, pending.missing, result)
                 return None
+            self._ready[slot] = result.node_id
+            self._first.discard(slot)
             return WorkerReady(slot, result)
         return Skipped(slot, order) if result is None else Reply(slot, order, result, payload_bytes(result))
 
@@ -281,6 +305,8 @@ def _remote(actor: type[WorkerActor]) -> Any:
             if order in self._recalled:
                 self._recalled.discard(order)
                 return None
+            # What was recalled too late is of versions long gone.
+            self._recalled = {old for old in self._recalled if old.base_version > order.base_version - KEPT}
             return self._actor.compute(published, order)
 
         @ray.method(concurrency_group=CONTROL)
@@ -288,6 +314,11 @@ def _remote(actor: type[WorkerActor]) -> Any:
             self._recalled.add(order)
 
     return ray.remote(concurrency_groups={CONTROL: 1})(RayWorker)  # type: ignore[call-overload]
+
+
+def _alive() -> frozenset[str]:
+    """Ids of the nodes that are there."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:

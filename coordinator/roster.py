@@ -17,10 +17,13 @@ from coordinator.goodput import Goodput
 from coordinator.pool import Pool
 
 START_FAILURES = 3
-"""Failed starts in a row, over all slots, after which a run stops that has too few workers."""
+"""Failed starts in a row, over all slots, after which a run stops that has no worker."""
 
 LONGEST_BACKOFF = 60.0
 """Seconds."""
+
+PATIENT_STARTS = 5
+"""Start timeouts that a worker may take to come, once there have been others; it may be waiting for room."""
 
 
 @dataclass
@@ -32,6 +35,12 @@ class _Slot:
     lost_at: float | None = None
     due: float | None = None
     """When the next worker is to be started."""
+    started: float | None = None
+    """When the one was started that is not ready yet."""
+    avoid: frozenset[str] = frozenset()
+    """Nodes on which that one must not be."""
+    starts: int = 0
+    """Workers that have been ready here."""
 
 
 @dataclass
@@ -68,6 +77,10 @@ class Roster:
         self._failed_starts = 0
         self._hosts: set[str] = set()
         """Nodes that have had workers: a head may have no room for any."""
+        self._first = pool.size
+        """Slots that there were from the start."""
+        for slot in range(pool.size):
+            self._slots[slot].started = clock()
 
     def __iter__(self) -> Iterator[Member]:
         """The ready workers, by slot."""
@@ -98,11 +111,15 @@ class Roster:
         if place.lost_at is not None:
             self._goodput.recovered(now - place.lost_at)
             place.lost_at = None
+        place.started, place.starts = None, place.starts + 1
         self._failed_starts = 0
         self._hosts.add(hello.node_id)
-        member = Member(slot, hello, now, draining=hello.node_id in self._draining)
-        self._members[slot] = member
-        return member
+        self._members[slot] = Member(slot, hello, now)
+        return self._members[slot]
+
+    def is_late(self, member: Member) -> bool:
+        """Whether a worker was not there from the start: it replaces another one, or its node joined later."""
+        return member.slot >= self._first or self._slots[member.slot].starts > 1
 
     def did_something(self, member: Member) -> None:
         """A worker has answered: its slot's losses are forgiven."""
@@ -120,26 +137,36 @@ class Roster:
         """A slot's worker could not be started; it ``counts`` unless that may be the network's fault alone.
 
         Raises:
-            ClusterError: too often, and there are too few workers.
+            ClusterError: too often, and there is no other worker.
         """
         self._failed_starts += counts
-        if self._failed_starts >= START_FAILURES and len(self._members) < self.least:
+        if self._failed_starts >= START_FAILURES and not self._members:
             raise ClusterError(f"workers fail to start: {message}")
         self._schedule(slot)
 
-    def expel(self, member: Member) -> list[Attempt]:
-        """As ``lose``, of a worker that computes wrongly: its node is kept out at once, where there is another."""
-        for _ in range(self._policy.node_failures - 1):
-            self._blame(member.hello.node_id)
+    def give_up(self, member: Member) -> list[Attempt]:
+        """As ``lose``, of a worker that hangs and has to be ended."""
+        self._pool.end(member.slot)
         return self.lose(member)
 
-    def nodes(self, alive: frozenset[str], draining: frozenset[str]) -> list[Member]:
-        """The cluster has changed; returns the workers that are to finish what they compute and get nothing new."""
+    def expel(self, member: Member) -> list[Attempt]:
+        """As ``give_up``, of a worker that computes wrongly or must not take part: its node is kept out at once, where
+        there is another.
+        """
+        for _ in range(self._policy.node_failures - 1):
+            self._blame(member.hello.node_id)
+        return self.give_up(member)
+
+    def nodes(self, alive: frozenset[str], draining: frozenset[str]) -> tuple[list[Member], list[Member]]:
+        """The cluster has changed; returns the workers that are to finish what they compute and get nothing new, and
+        those that are gone with their nodes.
+        """
         leaving = [m for m in self if m.hello.node_id in draining and not m.draining]
+        gone = [m for m in self if m.hello.node_id and m.hello.node_id not in alive]
         for member in self:
             member.draining = member.hello.node_id in draining
         self._alive, self._draining = alive, draining
-        return leaving
+        return leaving, gone
 
     def retire(self, member: Member) -> None:
         """A worker on a draining node is done; its slot gets another one elsewhere."""
@@ -147,12 +174,16 @@ class Roster:
         self._schedule(member.slot)
 
     def start_due(self) -> None:
-        """Start the workers whose time has come."""
-        now = self._clock()
+        """Start the workers whose time has come, and those again that do not come or may be elsewhere by now."""
+        now, avoided = self._clock(), self.avoided
         for slot, place in self._slots.items():
-            if place.due is not None and place.due <= now:
-                place.due = None
-                self._pool.replace(slot, self.avoided)
+            due = place.due is not None and place.due <= now
+            waits = place.started is not None and (
+                now - place.started > PATIENT_STARTS * self._policy.start_timeout or not place.avoid <= avoided
+            )
+            if due or waits:
+                place.due, place.started, place.avoid = None, now, avoided
+                self._pool.replace(slot, avoided)
 
     @property
     def avoided(self) -> frozenset[str]:
@@ -169,6 +200,7 @@ class Roster:
 
     def _schedule(self, slot: int) -> None:
         now, place = self._clock(), self._slots[slot]
+        place.started = None
         if place.lost_at is None:
             place.lost_at = now
         wait = 0.0 if place.losses == 0 else min(LONGEST_BACKOFF, self._policy.backoff * 2.0 ** (place.losses - 1))

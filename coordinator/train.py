@@ -190,6 +190,8 @@ class Trainer:
             self._r.view.message(outcome.message)
         elif isinstance(outcome, Notice):
             self._r.view.message(outcome.message)
+        elif outcome.late:
+            self._welcome_late(outcome.hello)
         else:
             self._welcome(outcome.hello)
 
@@ -263,6 +265,16 @@ class Trainer:
             self._r.view.message(
                 "workers of different hardware: the run is labelled mixed, equal bits are not promised"
             )
+
+    def _welcome_late(self, hello: WorkerHello) -> None:
+        """Check a worker that was not there from the start: the run goes on without one that may not take part."""
+        try:
+            self._welcome(hello)
+        except MetafleetError as error:
+            self.progress.failures["refused"] += 1
+            self._r.metrics.failure("refused")
+            self._r.view.message(f"{error}; it is not used, and the run goes on without it")
+            self._r.dispatcher.refuse(hello.worker)
 
     def _check_share(self, update: Update) -> None:
         """Stop a run whose contributions are not finite too often, judged over a version or, if longer, a window.

@@ -211,6 +211,9 @@ class FakePool:
         assert order in self._workers[slot].orders[1:], f"{order} was begun, or is not worker {slot}'s"
         self.recalled.append((slot, order))
 
+    def end(self, slot: int) -> None:
+        raise AssertionError("no worker hangs or lies here")
+
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         assert slot in self._lost, f"worker {slot} is replaced without having been lost"
         self._lost.remove(slot)
@@ -384,6 +387,9 @@ class WatchedPool:
 
     def recall(self, slot: int, order: Order) -> None:
         self._pool.recall(slot, order)
+
+    def end(self, slot: int) -> None:
+        self._pool.end(slot)
 
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         self._pool.replace(slot, avoid)

@@ -106,7 +106,7 @@ class Fault:
     slot: int = 0
 
 
-KINDS = ("die", "die", "hang", "slow", "damage", "twice", "late", "fail start", "drain", "join")
+KINDS = ("die", "die", "hang", "slow", "damage", "twice", "late", "fail start", "drain", "join", "crash")
 """What may happen to a worker; deaths more often."""
 
 
@@ -206,6 +206,7 @@ class Cluster:
         self._workers: dict[int, SimWorker] = {}
         self._fail_start: set[int] = set()
         self._draining: frozenset[str] = frozenset()
+        self._dead: frozenset[str] = frozenset()
         self._size = schedule.workers
         self.busy_seconds = 0.0
         self.stop: Callable[[], None] = lambda: None
@@ -242,6 +243,9 @@ class Cluster:
 
     def recall(self, slot: int, order: Order) -> None:
         self._workers[slot].recalled.add(order)
+
+    def end(self, slot: int) -> None:
+        self._workers[slot].alive = False
 
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
         old = self._workers.pop(slot, None)
@@ -342,6 +346,8 @@ class Cluster:
                 self._draining = frozenset({f"node {fault.slot % 2}"})
                 self._after(self._random.uniform(1, 4), self._gone)
                 return self._nodes()
+            case "crash":
+                self._after(0.3, lambda: self._crash(f"node {fault.slot % 2}"))
             case "fail start":
                 self._fail_start.add(fault.slot)
             case _ if worker is None or not worker.known:
@@ -365,7 +371,8 @@ class Cluster:
         return None
 
     def _told(self, worker: SimWorker, order: Order) -> Event:
-        return Failed(worker.slot, order, "worker_lost", "the worker died")
+        kind: Any = "node_lost" if worker.node in self._dead else "worker_lost"
+        return Failed(worker.slot, order, kind, "the worker died")
 
     def _gone(self) -> Event | None:
         """The draining node goes; what was still there dies. It comes back as a new one of the same name."""
@@ -376,7 +383,20 @@ class Cluster:
         return self._nodes()
 
     def _nodes(self) -> Event:
-        return NodesChanged(frozenset({"node 0", "node 1"}), self._draining)
+        return NodesChanged(frozenset({"node 0", "node 1"}) - self._dead, self._draining)
+
+    def _crash(self, node: str) -> Event:
+        """A node is gone at once, with all its workers; another one of its name comes soon."""
+        self._dead |= {node}
+        for worker in self._workers.values():
+            if worker.node == node and worker.alive:
+                self._die(worker)
+        self._after(2.0, self._back)
+        return self._nodes()
+
+    def _back(self) -> Event:
+        self._dead = frozenset()
+        return self._nodes()
 
     def _kill(self) -> Event | None:
         raise Killed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,10 +58,12 @@ def drain(dispatcher: Dispatcher, pool: FakePool) -> list[Outcome]:
     return outcomes
 
 
-def started(slots: int, limit: int = 2, attempts: int = 3, **options: object) -> tuple[Dispatcher, FakePool]:
+def started(
+    slots: int, limit: int = 2, attempts: int = 3, clock: Callable[[], float] = still, **options: object
+) -> tuple[Dispatcher, FakePool]:
     """A dispatcher whose workers are all ready."""
     pool = FakePool(slots, limit, **options)  # type: ignore[arg-type]
-    dispatcher = Dispatcher(pool, Policy(limit, attempts, backoff=0.0), still)
+    dispatcher = Dispatcher(pool, Policy(limit, attempts, backoff=0.0), clock)
     pool.ready()
     assert [type(outcome) for outcome in drain(dispatcher, pool)] == [Joined] * slots
     return dispatcher, pool
@@ -321,7 +324,7 @@ def test_a_reply_that_was_damaged_on_its_way_is_a_failed_attempt() -> None:
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 @pytest.mark.parametrize("how", ["error", "lose"])
 def test_a_shard_that_fails_in_all_its_attempts_ends_the_run(attempts: int, how: str) -> None:
-    dispatcher, pool = started(2, attempts=attempts)
+    dispatcher, pool = started(2, attempts=attempts, clock=itertools.count().__next__)
     submit(dispatcher, shard(7))
     with pytest.raises(PoisonShardError) as caught:
         for _ in range(attempts):
@@ -334,6 +337,16 @@ def test_a_shard_that_fails_in_all_its_attempts_ends_the_run(attempts: int, how:
     each = "; ".join(f"worker {number % 2} on node: {message}" for number in range(attempts))
     assert str(caught.value) == f"shard 7 (episodes 56–63) failed {attempts} times ({each})\nTraceback …"
     assert len(pool.submitted) == attempts
+
+
+def test_a_worker_that_was_dead_when_it_got_a_shard_says_nothing_of_it() -> None:
+    dispatcher, pool = started(3, attempts=2)
+    submit(dispatcher, shard(7))
+    for slot in (0, 1):
+        pool.lose(slot)
+        assert kinds(drain(dispatcher, pool)) == ["worker_lost"]
+    pool.reply(2)
+    assert accepted(drain(dispatcher, pool)) == [7]
 
 
 def test_an_evaluation_that_fails_in_all_its_attempts_names_its_episodes() -> None:
@@ -349,7 +362,8 @@ def test_an_evaluation_that_fails_in_all_its_attempts_names_its_episodes() -> No
 
 def bad(order: Order, slot: int, bits: float = NAN) -> Contribution:
     assert isinstance(order, ShardTask)
-    return contribution(order.shard, order.base_version, [1, bits], worker=slot, attempt=order.attempt)
+    about = {"worker": slot, "attempt": order.attempt, "episodes": order.episodes}
+    return contribution(order.shard, order.base_version, [1, bits], **about)
 
 
 def reply_bad(pool: FakePool, slot: int, bits: float = NAN) -> None:
@@ -398,7 +412,7 @@ def test_bits_of_other_hardware_are_no_mismatch() -> None:
     submit(dispatcher, shard(0))
     reply_bad(pool, 0)
     drain(dispatcher, pool)
-    other = replace(contribution(0, gradient=(float("nan"), 0.0, 0.0), attempt=1, worker=1), fingerprint="other")
+    other = replace(contribution(0, gradient=(NAN, 0.0, 0.0), attempt=1, worker=1, episodes=8), fingerprint="other")
     pool.reply(1, replace(other, digest=other.content_digest()))
     (outcome,) = drain(dispatcher, pool)
     assert isinstance(outcome, Accepted) and not outcome.finite

@@ -183,7 +183,7 @@ def test_a_hung_worker_is_replaced_after_its_deadline() -> None:
     outcome = simulate(schedule, SYNC)
     assert outcome.digest == expected(frozenset())
     (failure,) = [message for message in outcome.messages if "past its deadline" in message]
-    assert "has taken worker 2" in failure and failure.endswith("the worker is taken for hung and replaced")
+    assert "has taken worker 2" in failure and "the worker is taken for hung and replaced; raise" in failure
     assert outcome.trainer.goodput.lost == {"deadline": 1} and outcome.trainer.goodput.recoveries == 1
 
 
@@ -212,6 +212,12 @@ def test_too_few_workers_are_waited_for_and_that_is_said() -> None:
 def test_a_worker_that_joins_takes_its_share() -> None:
     schedule = replace(CALM, workers=1, faults=(Fault(1.0, "join"), Fault(1.0, "join")))
     assert simulate(schedule, SYNC).seconds < 0.6 * simulate(replace(CALM, workers=1), SYNC).seconds
+
+
+def test_a_node_that_is_gone_at_once_poisons_no_shard() -> None:
+    crashes = tuple(Fault(at, "crash", 1) for at in (2.0, 7.0, 12.0))
+    schedule = replace(CALM, workers=6, faults=crashes, policy=Policy(attempts=1))
+    assert simulate(schedule, SYNC).digest == expected(frozenset())
 
 
 def test_a_node_that_keeps_failing_gets_no_new_workers_for_a_while() -> None:

@@ -222,7 +222,7 @@ def test_a_poison_shard_ends_the_run_and_can_be_computed_alone(command: Command,
     number = STEPS // 5 * 8 + 1
     environment = scripted(command, {"point": "compute", "action": "raise", "shard": number, "times": 9})
     finished = command.run(*RUN, "--address", nodes.address, **environment)
-    assert finished.code == 2 and fired(command) == 3
+    assert finished.code == 2 and fired(command) >= 3  # a copy may have failed too
     message = f"shard {number} (episodes {number * 40}–{number * 40 + 39}) failed 3 times (worker "
     assert message in finished.err and "FaultError: scripted at compute" in finished.err
     line = f"metafleet replay run --shard {number} --until {STEPS // 5}"
