@@ -141,7 +141,8 @@ def _kill_and_resume(command: Command, driver: Driver, run: Path, address: tuple
 
 
 def test_drivers_killed_at_a_hundred_random_times(tmp_path: Path) -> None:
-    random = Random(1)
+    random, total = Random(1), 0
+    whole = drive(TINY.model_copy(update={"aggregator": SyncAggregator(shards=3), "steps": 30}), tmp_path / "whole")
     for number in range(100):
         aggregator = SyncAggregator(shards=3) if number % 2 else AsyncAggregator(staleness_bound=2, buffer=2)
         config = TINY.model_copy(update={"aggregator": aggregator, "steps": 30})
@@ -153,14 +154,14 @@ def test_drivers_killed_at_a_hundred_random_times(tmp_path: Path) -> None:
                     drive(config, path, resume=path.exists())
                 finally:
                     os._exit(0)
-            time.sleep(random.uniform(0.0, 0.6))  # when it is killed, no synchronisation
+            time.sleep(random.uniform(0.0, 0.2))  # when it is killed, no synchronisation
             os.kill(child, signal.SIGKILL)
             kills += os.waitpid(child, 0)[1] != 0
             if path.exists() and len(entries_of(path)) == 30:
                 break
         resumed = drive(config, path, resume=True)
         assert replayed(config, path).state.digest == resumed.digest
+        total += kills
         if number % 2:
-            whole = tmp_path / "whole"
-            expected = drive(config, whole).digest if not whole.exists() else drive(config, whole, resume=True).digest
-            assert resumed.digest == expected, f"run {number} after {kills} kills"
+            assert resumed.digest == whole.digest, f"run {number} after {kills} kills"
+    print(f"{total} drivers killed")
