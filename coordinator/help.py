@@ -99,7 +99,8 @@ class Helper:
             own, mine = self._pace.of(member, attempt.order), self._pace.of(idle, attempt.order)
             if own is None or mine is None:
                 continue
-            gain = self._left(own, now - member.since) - mine
+            # A copy keeps its worker from the next version's orders: it has to be worth that.
+            gain = self._left(own, now - member.since) - self._policy.speculation * mine
             if gain > longest:
                 best, longest = attempt, gain
         return best
