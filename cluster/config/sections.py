@@ -342,8 +342,7 @@ class Execution(Section):
     verify: float = Field(default=0.0, ge=0, le=1)
     """Share of the shards that two workers compute before the commit, compared bit for bit; a third one settles it."""
     speculation: float = Field(default=2.0, ge=0)
-    """Idle workers take over what waits behind others, and copy what will take so many times as long there as with them;
-    0 for never."""
+    """Idle workers take over what waits behind others, and copy what takes so many times as long there; 0 for never."""
     copies: float = Field(default=0.25, ge=0, le=1)
     """Most speculative copies at a time, as a share of the workers; at least one."""
     deadline: float = Field(default=20.0, ge=0)
