@@ -155,6 +155,8 @@ class RayPool:
     def _stop(self, slot: int) -> None:
         actor = self._actors.pop(slot, None)
         self._ready.pop(slot, None)
+        # That one which is ended before it was ready does not come says nothing of its successor.
+        self._pending = {ref: p for ref, p in self._pending.items() if p.slot != slot or p.order is not None}
         if actor is not None:
             with contextlib.suppress(RayError):  # it may be dead already, which is what is wanted
                 ray.kill(actor)

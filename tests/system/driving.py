@@ -26,7 +26,7 @@ from coordinator.checkpoint import list_checkpoints, version_of
 from coordinator.commit_log import Entry, read_log
 from coordinator.run_dir import RunDirectory
 
-PATIENT = 120.0
+PATIENT = 240.0
 """Seconds after which something that must happen counts as not happening, on the slowest machine."""
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

@@ -22,7 +22,7 @@ from tests.system.driving import Command, Driver, Finished, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-STEPS = 200
+STEPS = 500
 """Versions of a run: some ten seconds of four workers' work."""
 
 RUN = (
@@ -144,7 +144,7 @@ def test_workers_that_fail_at_shards_in_every_way(command: Command, nodes: Nodes
     before, after = ("sigkill", "exit", "raise"), ("garbage", "flip_after", "nonfinite")
     faults = [
         {"point": "compute" if action in before else "computed", "action": action, "version": at, "shard": 8 * at + 3}
-        for at, action in zip(range(20, STEPS, 20), (*before, *after), strict=False)
+        for at, action in zip(range(50, STEPS, 50), (*before, *after), strict=False)
     ]
     finished = command.run(*RUN, "--address", nodes.address, **scripted(command, *faults))
     assert fired(command) == len(faults) == 6
