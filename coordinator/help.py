@@ -13,6 +13,9 @@ from coordinator.pace import Pace
 from coordinator.pool import Order
 from coordinator.roster import Roster
 
+WORTH = 0.5
+"""Of the time that an order takes an idle worker, what it must save to be taken over."""
+
 FIRST = 10.0
 """Deadline floors that a worker's first order may take: it loads code and data."""
 
@@ -85,7 +88,8 @@ class Helper:
                 if place == 0 or own is None or mine is None or not _may(idle, attempt):
                     continue
                 gain = self._left(own, now - member.since) + place * own - mine
-                if gain > longest:
+                # Workers in step would else pass orders on that are about to be begun.
+                if gain > max(longest, WORTH * mine):
                     best, longest = attempt, gain
         return best
 
