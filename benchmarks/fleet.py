@@ -23,8 +23,9 @@ from cluster.messages import Published, WorkerHello
 from cluster.metrics import Metrics, RunInfo
 from coordinator.aggregators import build_aggregator
 from coordinator.attempts import Policy
-from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.dispatch import Dispatcher
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Failure, Joined
 from coordinator.pool import Event, Handle, Order, Pool, Reply
 from coordinator.ray_pool import RayPool
 from coordinator.recorder import Recorder

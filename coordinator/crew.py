@@ -13,8 +13,9 @@ from cluster.messages import WorkerHello
 from cluster.ray_runtime import ray_cluster
 from coordinator.attempts import Policy
 from coordinator.capacity import affordable_workers, room, say_workers
-from coordinator.dispatch import Dispatcher, Failure, Joined, Notice
+from coordinator.dispatch import Dispatcher
 from coordinator.evaluation import PATIENCE
+from coordinator.outcomes import Failure, Joined, Notice
 from coordinator.pool import Pool
 
 FREE_SECONDS = 10.0

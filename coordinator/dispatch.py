@@ -17,11 +17,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from cluster.errors import NumericsError, PoisonShardError
-from cluster.messages import Contribution, EvaluationPart, ShardTask, WorkerHello
-from cluster.metrics import FailureKind
+from cluster.messages import Contribution, EvaluationPart, ShardTask
 from coordinator.attempts import (
     Attempt,
     Member,
@@ -36,6 +34,7 @@ from coordinator.attempts import (
 )
 from coordinator.goodput import Goodput, Loss
 from coordinator.help import Helper
+from coordinator.outcomes import Accepted, Evaluated, Failure, Joined, Notice, Outcome, problem_with
 from coordinator.pace import Pace
 from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Pool, Reply, Skipped, WorkerReady
 from coordinator.roster import Roster
@@ -51,51 +50,6 @@ UNREACHABLE = 5
 
 SHORT_SECONDS = 5.0
 """How long there may be too few workers before that is said."""
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A shard's contribution, settled: finite, or non-finite on two attempts."""
-
-    contribution: Contribution
-    finite: bool
-    seconds: float
-    """From submission to reply."""
-    size: int
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation task's scores."""
-
-    part: EvaluationPart
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Something failed and was dealt with; ``message`` says what and how, in one line."""
-
-    kind: FailureKind
-    message: str
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that people should know and that is no failure."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A worker is ready."""
-
-    hello: WorkerHello
-    late: bool = False
-    """Whether it was not there from the start."""
-
-
-Outcome = Accepted | Evaluated | Failure | Notice | Joined
 
 
 class Dispatcher:
@@ -253,8 +207,7 @@ class Dispatcher:
         if attempt in attempt.work.live:
             attempt.work.live.remove(attempt)
         if member.draining and not member.queue:
-            self._roster.retire(member)
-            self._pace.leave(member)
+            self._retire(member)
         return attempt, seconds
 
     def _reply(self, reply: Reply) -> None:
@@ -269,7 +222,7 @@ class Dispatcher:
             self._pace.add(member, reply.order, seconds)
         member.unreachable = 0
         self._roster.did_something(member)
-        problem = _problem(reply)
+        problem = problem_with(reply)
         if problem is not None:
             self._waste(attempt, "damaged", seconds)
             if not work.settled:
@@ -309,8 +262,7 @@ class Dispatcher:
         if len(work.opinions) > 1 and (len(group) > 1 or not work.verified):
             self._agree(work, group, seconds, size)
         elif len(work.opinions) == 1:
-            if not work.live and work not in self._retries:
-                self._retry(work)
+            self._reissue(work)
         else:
             self._dispute(work)
 
@@ -390,8 +342,7 @@ class Dispatcher:
             return
         if failed.kind == "unreachable":  # the network's fault, not the order's
             self._outcomes.append(Failure("unreachable", f"worker {failed.slot} was not reached: {failed.message}"))
-            if not attempt.work.live and attempt.work not in self._retries:
-                self._retry(attempt.work)
+            self._reissue(attempt.work)
         else:
             self._fault(attempt, failed)
 
@@ -437,10 +388,14 @@ class Dispatcher:
             for attempt in member.queue[1:]:
                 if not attempt.recalled and not attempt.work.settled:
                     self._recall(attempt)
-                    if not attempt.work.live and attempt.work not in self._retries:
-                        self._retry(attempt.work)
+                    self._reissue(attempt.work)
             if not member.queue:
-                self._roster.retire(member)
+                self._retire(member)
+
+    def _retire(self, member: Member) -> None:
+        """A worker on a draining node is done."""
+        self._roster.retire(member)
+        self._pace.leave(member)
 
     def _lost(self, queue: list[Attempt], cause: Loss, failed: Failed | None = None) -> None:
         """What a worker had that is gone: only what it computed may have been its end, the rest is merely reissued."""
@@ -459,8 +414,8 @@ class Dispatcher:
             if place == 0 and failed is not None and (seconds >= MOMENT or work.early > self._policy.attempts):
                 work.tried.append(member)
                 self._blame(work, member, failed)
-            elif not work.live and work not in self._retries:
-                self._retry(work)
+            else:
+                self._reissue(work)
 
     def _blame(self, work: Work, member: Member, failed: Failed) -> None:
         """An attempt failed; too many end the run.
@@ -475,8 +430,7 @@ class Dispatcher:
             raise PoisonShardError(
                 f"{describe(work.order)} failed {len(work.failures)} times ({each}){self._command(work.order)}{details}"
             )
-        if not work.live and work not in self._retries:
-            self._retry(work)
+        self._reissue(work)
 
     def _command(self, order: Order) -> str:
         """How to compute an order alone, as the end of a sentence."""
@@ -493,6 +447,11 @@ class Dispatcher:
 
     def _retry(self, work: Work) -> None:
         self._retries.append(work)
+
+    def _reissue(self, work: Work) -> None:
+        """Make another attempt at an order that nobody computes any more."""
+        if not work.live and work not in self._retries:
+            self._retry(work)
 
     def _send_retries(self) -> None:
         self._retries = deque(work for work in self._retries if not self._send(work))
@@ -535,18 +494,3 @@ class Dispatcher:
         alone = [m for m in members if m not in busy_with_it]
         free = [m for m in fresh or others or alone if len(m.queue) < self._policy.in_flight]
         return min(free, key=lambda m: (self._helper.backlog(m, work.order), len(m.queue), m.slot), default=None)
-
-
-def _problem(reply: Reply) -> str | None:
-    """What is wrong with a reply, whatever it says; a worker's own digest finds damage on the way, nothing more."""
-    order, result = reply.order, reply.result
-    if isinstance(order, ShardTask):
-        about = order.shard, order.base_version
-        if not isinstance(result, Contribution) or (result.shard, result.base_version) != about:
-            return "its reply is no answer to the order"
-        return None if result.content_digest() == result.digest else "its reply was damaged on its way"
-    wanted = order.part, order.base_version, order.first_episode, order.episodes
-    if isinstance(result, EvaluationPart):
-        given = result.part, result.version, result.first_episode, len(result.loss)
-        return None if given == wanted else "its reply is no answer to the order"
-    return "its reply is no answer to the order"

@@ -21,9 +21,9 @@ from coordinator import checkpoint as checkpoints
 from coordinator.capacity import refuse_unaffordable
 from coordinator.commands import EvaluationOptions
 from coordinator.crew import ray_crew
-from coordinator.dispatch import Failure, Joined, Notice
 from coordinator.evaluation import EvaluationRequest, evaluate_now
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Failure, Joined, Notice
 from coordinator.replay import check_config, check_source
 from coordinator.report import evaluation_table
 from coordinator.run_dir import RunDirectory, RunIdentity

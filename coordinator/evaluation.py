@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from cluster.config.run import RunConfig
 from cluster.config.sections import BatchNorm
 from cluster.messages import EvaluationPart, EvaluationTask, Published, SplitName
-from coordinator.dispatch import Dispatcher, Evaluated, Failure, Joined, Notice
+from coordinator.dispatch import Dispatcher
+from coordinator.outcomes import Evaluated, Failure, Joined, Notice
 from coordinator.pool import Pool
 from metaworker.learners import default_batch_norm
 from metaworker.scores import EvaluationScores, combine

@@ -307,8 +307,10 @@ def _remote(actor: type[WorkerActor]) -> Any:
             if order in self._recalled:
                 self._recalled.discard(order)
                 return None
-            # What was recalled too late is of versions long gone.
-            self._recalled = {old for old in self._recalled if old.base_version > order.base_version - KEPT}
+            # What was recalled too late is of versions long gone. The other thread may add to the set meanwhile.
+            for old in list(self._recalled):
+                if old.base_version <= order.base_version - KEPT:
+                    self._recalled.discard(old)
             return self._actor.compute(published, order)
 
         @ray.method(concurrency_group=CONTROL)

@@ -73,14 +73,15 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
         crew = stack.enter_context(ray_crew(config, view.message))
         if endpoint is not None:
             view.message(f"metrics at {endpoint}")
+        where = found.run.path if found else path
+        crew.dispatcher.reproduce = lambda task: (
+            f"metafleet replay {where} --shard {task.shard} --until {task.base_version}"
+        )
         if found:
             run, start = found.run, go_on(config, learner, found, crew, view.message)
             run.save_config(with_execution(config, other_hardware=False))
         else:
             run, start = begin(config, path, source, learner, crew.first, stack)
-        crew.dispatcher.reproduce = lambda task: (
-            f"metafleet replay {run.path} --shard {task.shard} --until {task.base_version}"
-        )
         trainer = _train(config, run, learner, crew, start, watch)
         summary = _finish(config, source, run, crew, trainer, view)
     if not as_json:

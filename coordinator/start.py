@@ -4,8 +4,8 @@
     find     what an earlier driver left, owned from then on; needs no worker yet
     go_on    the same as it goes on with the workers that are there now
 
-A synchronous run recomputes what was logged after its last checkpoint and must come to the logged digests. An
-asynchronous one replays it; workers of its own fingerprint are needed for that.
+A synchronous run recomputes what was logged after its last checkpoint and must come to the logged digests, if it was
+computed on hardware like now's. An asynchronous one replays it there; elsewhere it is refused, or left out if asked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from coordinator.aggregators import build_aggregator
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry, check_reaches, read_log
 from coordinator.crew import Crew
-from coordinator.dispatch import Failure, Joined, Notice
 from coordinator.history import read_history
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Failure, Joined, Notice
 from coordinator.replay import Replayer, check_config, check_source
 from coordinator.run_dir import RunDirectory, RunIdentity
 from coordinator.tail import recompute_tail
@@ -125,15 +125,15 @@ def go_on(config: RunConfig, learner: Learner, found: Found, crew: Crew, say: Ca
             f"{dict(first.fingerprint_detail)}): the digest would not be that of an undisturbed run; resume "
             "it there, or add --execution.other_hardware"
         )
-    pending = at.pending
     if execution.pool == "strict":  # what other hardware has computed and no commit holds is computed again
-        pending = tuple((c, finite) for c, finite in pending if c.fingerprint == first.fingerprint)
+        at = replace(at, pending=tuple(pair for pair in at.pending if pair[0].fingerprint == first.fingerprint))
+        found = replace(found, at=at)
     kept = [c.fingerprint for entry in found.entries[: at.state.version] for c in entry.counted]
-    mixed = any(other != first.fingerprint for other in [*kept, *(c.fingerprint for c, _ in pending)])
+    mixed = any(other != first.fingerprint for other in [*kept, *(c.fingerprint for c, _ in at.pending)])
     start = Start(
         identity=replace(identity, fingerprint=first.fingerprint, fingerprint_detail=dict(first.fingerprint_detail)),
         state=at.state,
-        aggregator=build_aggregator(config.aggregator, at.state.version, pending=pending),
+        aggregator=build_aggregator(config.aggregator, at.state.version, pending=at.pending),
         progress=Progress(at.episodes, at.seconds, Counter(at.failures), mixed),
         recent=at.recent,
         dropped=at.dropped,

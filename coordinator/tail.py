@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from cluster.messages import Contribution
 from coordinator.commit_log import Entry
 from coordinator.crew import Crew
-from coordinator.dispatch import Accepted, Failure, Joined, Notice
 from coordinator.evaluation import PATIENCE
+from coordinator.outcomes import Accepted, Failure, Joined, Notice
 from coordinator.pool import Handle
 from coordinator.replay import REPORT_EVERY, Replayer
 

@@ -26,11 +26,12 @@ from coordinator.aggregators.asynchronous import staleness_weight
 from coordinator.aggregators.base import Aggregator, Dropped, Update
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
-from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Notice, Outcome
+from coordinator.dispatch import Dispatcher
 from coordinator.evaluation import PATIENCE, EvaluationCollector, EvaluationRequest
 from coordinator.goodput import Goodput
 from coordinator.history import CommitRecord, ValidationRecord
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Accepted, Evaluated, Failure, Joined, Notice, Outcome
 from coordinator.outer_optimizer import OuterOptimizer
 from coordinator.pool import Handle, Pool
 from coordinator.recorder import Recorder

@@ -40,8 +40,9 @@ from cluster.metrics import Metrics, RunInfo
 from coordinator.attempts import Policy
 from coordinator.commit_log import read_log
 from coordinator.crew import Crew
-from coordinator.dispatch import Dispatcher, Joined
+from coordinator.dispatch import Dispatcher
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Joined
 from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, Skipped, WorkerReady
 from coordinator.recorder import Recorder
 from coordinator.replay import Replayer

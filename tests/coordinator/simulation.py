@@ -28,10 +28,11 @@ from coordinator.attempts import Policy
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry
 from coordinator.crew import Crew
-from coordinator.dispatch import Dispatcher, Joined
+from coordinator.dispatch import Dispatcher
 from coordinator.goodput import Goodput
 from coordinator.history import CommitRecord
 from coordinator.meta_state import MetaState
+from coordinator.outcomes import Joined
 from coordinator.pool import Event, Failed, NodesChanged, Order, Reply, Skipped, WorkerReady
 from coordinator.replay import Replayer
 from coordinator.run_dir import RunDirectory, RunIdentity

@@ -19,7 +19,8 @@ from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Shard
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Counted, Dropped, Update
 from coordinator.attempts import Policy, describe
-from coordinator.dispatch import Accepted, Dispatcher, Evaluated, Failure, Joined, Outcome
+from coordinator.dispatch import Dispatcher
+from coordinator.outcomes import Accepted, Evaluated, Failure, Joined, Outcome
 from coordinator.pool import Order
 from tests.coordinator.harness import FakePool, answer, contribution
 

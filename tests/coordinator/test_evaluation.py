@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cluster.config.sections import Conv4Strided, Evaluation, GlyphsData
 from cluster.messages import Published
 from coordinator.attempts import Policy
-from coordinator.dispatch import Dispatcher, Failure, Joined
+from coordinator.dispatch import Dispatcher
 from coordinator.evaluation import PART, EvaluationCollector, EvaluationRequest, default_batch_norm, evaluate_now
+from coordinator.outcomes import Failure, Joined
 from metaworker.scores import combine
 from tests.coordinator.harness import TINY, FakePool, answer
 
