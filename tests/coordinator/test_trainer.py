@@ -339,6 +339,15 @@ def test_what_other_hardware_computed_and_no_commit_holds_is_computed_again(
     assert len(driven.submitted) == 18 and driven.digest == undisturbed(config)
 
 
+def test_an_asynchronous_run_leaves_out_what_other_hardware_computed_and_no_commit_holds(tmp_path: Path) -> None:
+    config, path = tiny(BUFFERED), tmp_path / "run"
+    drive(config, path, stop_at=2, hardware="A")
+    asked = config.model_copy(update={"execution": config.execution.model_copy(update={"other_hardware": True})})
+    assert not drive(asked, path, resume=True).trainer.progress.mixed
+    counted = [line for entry in log(path) for line in entry.counted]
+    assert "A" not in {line.fingerprint for line in counted} and len({line.shard for line in counted}) == len(counted)
+
+
 def test_a_mixed_pool_goes_on_whichever_of_its_workers_comes_first(tmp_path: Path) -> None:
     config, path = tiny(), tmp_path / "run"
     config = config.model_copy(update={"execution": config.execution.model_copy(update={"pool": "mixed"})})
