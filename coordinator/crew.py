@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cluster.config.run import RunConfig
 from cluster.errors import ClusterError
 from cluster.messages import WorkerHello
-from cluster.ray_runtime import ray_cluster
+from cluster.ray_runtime import ClusterResources, ray_cluster
 from coordinator.attempts import Policy
 from coordinator.capacity import affordable_workers, room, say_workers
 from coordinator.dispatch import Dispatcher
@@ -18,8 +18,8 @@ from coordinator.evaluation import PATIENCE
 from coordinator.outcomes import Failure, Joined, Notice
 from coordinator.pool import Pool
 
-FREE_SECONDS = 10.0
-"""How long room for one worker is waited for on a cluster that would have some."""
+NONE_SECONDS, FEWER_SECONDS = 10.0, 5.0
+"""How long room is waited for on a cluster that would have it: for one worker, and for all."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
     with ray_cluster(config.execution.address) as resources:
         from coordinator.ray_pool import RayPool
 
-        affordable_workers(config, resources.total())
-        # What another driver has given back a moment ago does not count as free yet.
-        deadline = time.monotonic() + FREE_SECONDS
-        while not room(config, resources.free()) and time.monotonic() < deadline:
-            time.sleep(PATIENCE)
-        workers = affordable_workers(config, resources.free())
+        workers = _free_workers(config, resources)
         say_workers(config, workers, say)
         pool = RayPool(config, workers)
         try:
@@ -60,6 +55,20 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
             yield Crew(pool, dispatcher, _first_worker(config, dispatcher, say))
         finally:
             pool.close()
+
+
+def _free_workers(config: RunConfig, resources: ClusterResources) -> int:
+    """How many workers there is room for, once what another driver has given back a moment ago counts as free.
+
+    Raises:
+        ClusterError: not even for one.
+    """
+    most, started = affordable_workers(config, resources.total()), time.monotonic()
+    while (now := room(config, resources.free())) < most:
+        if time.monotonic() - started > (FEWER_SECONDS if now else NONE_SECONDS):
+            break
+        time.sleep(PATIENCE)
+    return affordable_workers(config, resources.free())
 
 
 def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str], None]) -> WorkerHello:
