@@ -38,6 +38,8 @@ QUIET = {
 LOCAL = {
     # Processes that Ray starts in advance would never be used: workers get an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
+    # There is no dashboard that would show each call.
+    "RAY_task_events_report_interval_ms": "0",
 }
 JOINED = {
     # Attempts (of 40 s) to talk to whatever listens at the address; Ray's own limit is 20 of them.

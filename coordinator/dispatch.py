@@ -249,14 +249,15 @@ class Dispatcher:
     def _judge(self, attempt: Attempt, contribution: Contribution, seconds: float, size: int) -> None:
         """Accept a contribution, or ask another worker too (design, section 3: wrong answers)."""
         work, member = attempt.work, attempt.member
+        finite = contribution.finite
         work.opinions.append((member, contribution))
         work.tried.append(member)
-        if not contribution.finite and len(work.opinions) == 1:
+        if not finite and len(work.opinions) == 1:
             work.suspect = member
             message = f"shard {contribution.shard} from worker {member.slot} is not finite: asked again"
             self._outcomes.append(Failure("nonfinite", message))
-        if len(work.opinions) == 1 and contribution.finite and not work.verified:
-            self._accept(work, contribution, size)
+        if len(work.opinions) == 1 and finite and not work.verified:
+            self._accept(work, contribution, size, finite=True)
             return
         group = largest_agreement(work.opinions)
         if len(work.opinions) > 1 and (len(group) > 1 or not work.verified):
@@ -280,7 +281,7 @@ class Dispatcher:
             self._outcomes.extend(Failure("duplicate_mismatch", what.format(member.slot)) for member in odd)
         wasted: Loss = "verification" if work.verified else "nonfinite"
         self.goodput.lose(wasted, seconds * (len(work.opinions) - 1), len(work.opinions) - 1)
-        self._accept(work, chosen, size)
+        self._accept(work, chosen, size, finite=chosen.finite)
         for member in odd if len(group) > 1 else []:
             if self._roster.get(member.slot) is member:
                 self._lost(self._roster.expel(member), "error")
@@ -303,11 +304,11 @@ class Dispatcher:
         )
         self._retry(work)
 
-    def _accept(self, work: Work, contribution: Contribution, size: int) -> None:
+    def _accept(self, work: Work, contribution: Contribution, size: int, *, finite: bool) -> None:
         work.accepted = contribution
         self._settle(work)
         seconds = self._clock() - work.submitted
-        self._outcomes.append(Accepted(contribution, contribution.finite, seconds, size))
+        self._outcomes.append(Accepted(contribution, finite, seconds, size))
 
     def _settle(self, work: Work) -> None:
         del self._work[order_key(work.order)]

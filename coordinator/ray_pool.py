@@ -45,6 +45,9 @@ KEPT = 1000
 HELLOS = 5
 """How often a worker that could not be reached is asked once more whether it is ready."""
 
+INLINE_BYTES = 1 << 20
+"""Replies up to this size travel in the answer to a call and not through the object store: half the work for Ray."""
+
 CONTROL = "control"
 """Concurrency group in which a worker hears of recalls while it computes."""
 
@@ -329,6 +332,7 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
     """Environment of worker processes: threads are configuration, and CUDA's determinism is set before it starts."""
     threads = str(config.threads)
     environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUBLAS_WORKSPACE_CONFIG": WORKSPACE}
+    environment["RAY_max_direct_call_object_size"] = str(INLINE_BYTES)
     environment["MALLOC_ARENA_MAX"] = "1"  # what `device` asks of malloc holds for the main arena only
     if VARIABLE in os.environ:  # scripted faults are for all processes of a run
         environment[VARIABLE] = os.environ[VARIABLE]
