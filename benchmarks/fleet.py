@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
 
 from benchmarks.timed_actor import TimedActor, TimedContribution
 from cluster.config.loading import with_execution
@@ -32,7 +31,6 @@ from coordinator.recorder import Recorder
 from coordinator.run_dir import RunDirectory, RunIdentity
 from coordinator.train import Resources, Start, StopRequest, Trainer
 from coordinator.view import Snapshot
-from metaworker.actor import WorkerActor
 from metaworker.learners import build_learner
 from metaworker.scores import MetricName
 
@@ -131,7 +129,7 @@ def fleet(config: RunConfig, workers: int) -> Iterator[Fleet]:
     """A fleet on the connected Ray cluster; its workers end with the block."""
     config = with_execution(config, workers=workers)
     with TemporaryDirectory(prefix="metafleet-benchmark-") as folder:
-        pool = RayPool(config, workers, cast(type[WorkerActor], TimedActor))
+        pool = RayPool(config, workers, TimedActor)
         try:
             yield Fleet(config, pool, Path(folder))
         finally:

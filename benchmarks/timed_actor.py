@@ -8,8 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, fields
 
-from cluster.config.run import RunConfig
-from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask, WorkerHello
+from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardTask
 from metaworker.actor import WorkerActor
 
 
@@ -21,19 +20,12 @@ class TimedContribution(Contribution):
     """Seconds, ``time.perf_counter``."""
 
 
-class TimedActor:
+class TimedActor(WorkerActor):
     """A ``WorkerActor`` that gives ``TimedContribution``."""
-
-    def __init__(self, config: RunConfig, slot: int) -> None:
-        self._actor = WorkerActor(config, slot)
-
-    def hello(self) -> WorkerHello:
-        """The actor's."""
-        return self._actor.hello()
 
     def compute(self, published: Published, order: ShardTask | EvaluationTask) -> Contribution | EvaluationPart:
         """The actor's answer, with the time."""
-        result = self._actor.compute(published, order)
+        result = super().compute(published, order)
         finished = time.perf_counter()
         if isinstance(result, EvaluationPart):
             return result

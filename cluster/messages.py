@@ -124,6 +124,15 @@ class EvaluationPart:
     loss: np.ndarray
     confusion: np.ndarray | None
     squared_error: np.ndarray | None
+    digest: str = field(default="")
+
+    def content_digest(self) -> str:
+        """SHA-256 (hex) over all but attempt and worker."""
+        digest = hashlib.sha256(f"{self.part}|{self.version}|{self.first_episode}|".encode())
+        for name, array in (("loss", self.loss), ("confusion", self.confusion), ("squared", self.squared_error)):
+            if array is not None:
+                update_digest(digest, name, array)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

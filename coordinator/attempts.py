@@ -21,7 +21,7 @@ OrderKey = Order
 """An order as it was first submitted: one piece of work, whatever the attempt."""
 
 TOLERANCE = 1e-3
-"""Relative distance up to which gradients of different hardware count as equal: float32 sums in another order."""
+"""Relative distance up to which arrays of different hardware count as equal: float32 sums in another order."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Work:
     """Attempts so far."""
     submitted: float = 0.0
     """When its first attempt was."""
+    waits_since: float = 0.0
+    """When it last began to wait for a worker to try it again."""
     live: list[Attempt] = field(default_factory=list)
     """Attempts that are with workers and were not recalled."""
     tried: list[Member] = field(default_factory=list)
@@ -152,8 +154,18 @@ def agree(one: Contribution, other: Contribution) -> bool:
         return one.digest == other.digest
     if not (one.finite and other.finite):
         return one.finite == other.finite
-    distance = np.linalg.norm(one.gradient.astype(np.float64) - other.gradient)
-    return bool(distance <= TOLERANCE * max(float(np.linalg.norm(one.gradient.astype(np.float64))), 1e-12))
+    loss = np.array([one.statistics.loss]), np.array([other.statistics.loss])
+    arrays = [loss, (one.gradient, other.gradient)]
+    arrays += [(one.proposals[name], other.proposals.get(name, np.empty(0))) for name in sorted(one.proposals)]
+    return one.proposals.keys() == other.proposals.keys() and all(_near(*pair) for pair in arrays)
+
+
+def _near(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are equal up to ``TOLERANCE``, as a whole."""
+    if one.shape != other.shape:
+        return False
+    exact = one.astype(np.float64)
+    return bool(np.linalg.norm(exact - other) <= TOLERANCE * max(float(np.linalg.norm(exact)), 1e-12))
 
 
 def largest_agreement(opinions: Sequence[tuple[Member, Contribution]]) -> list[tuple[Member, Contribution]]:

@@ -15,7 +15,7 @@ from coordinator.attempts import Policy
 from coordinator.capacity import affordable_workers, room, say_workers
 from coordinator.dispatch import Dispatcher
 from coordinator.evaluation import PATIENCE
-from coordinator.outcomes import Failure, Joined, Notice
+from coordinator.outcomes import Delay, Failure, Joined, Notice
 from coordinator.pool import Pool
 
 NONE_SECONDS, FEWER_SECONDS = 10.0, 5.0
@@ -75,13 +75,16 @@ def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str]
     """Wait for the first worker.
 
     Raises:
-        ClusterError: none started within ``execution.start_timeout``.
+        ClusterError: none started within ``execution.start_timeout``, the sending of a store apart.
     """
     deadline = time.monotonic() + config.execution.start_timeout
     while time.monotonic() < deadline:
         match dispatcher.next(PATIENCE):
             case Joined(hello):
                 return hello
+            case Delay(message):
+                say(message)
+                deadline = time.monotonic() + config.execution.start_timeout
             case Failure(_, message) | Notice(message):
                 say(message)
     raise ClusterError(

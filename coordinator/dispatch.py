@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NoReturn
 
 from cluster.errors import NumericsError, PoisonShardError
 from cluster.messages import Contribution, EvaluationPart, ShardTask
@@ -34,10 +35,10 @@ from coordinator.attempts import (
 )
 from coordinator.goodput import Goodput, Loss
 from coordinator.help import Helper
-from coordinator.outcomes import Accepted, Evaluated, Failure, Joined, Notice, Outcome, problem_with
+from coordinator.outcomes import Accepted, Delay, Evaluated, Failure, Joined, Notice, Outcome, problem_with
 from coordinator.pace import Pace
-from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Pool, Reply, Skipped, WorkerReady
-from coordinator.roster import Roster
+from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Pool, Reply, Sending, Skipped, WorkerReady
+from coordinator.roster import PATIENT_STARTS, Roster
 
 SOON = 0.001
 """Least seconds of waiting for an event."""
@@ -47,6 +48,9 @@ MOMENT = 0.05
 
 UNREACHABLE = 5
 """Calls in a row that do not reach a worker after which it counts as lost."""
+
+SENDING_SECONDS = 10.0
+"""Between two notices that a store is being sent, at most."""
 
 SHORT_SECONDS = 5.0
 """How long there may be too few workers before that is said."""
@@ -83,6 +87,7 @@ class Dispatcher:
         self._retries: deque[Work] = deque()
         self._short_since: float | None = None
         """Since when there have been too few workers; infinite once that was said."""
+        self._sending_said = float("-inf")
 
     @property
     def workers(self) -> int:
@@ -117,6 +122,9 @@ class Dispatcher:
 
     def forget(self) -> None:
         """Wait for nothing that is in flight any more; workers are told to pass over what they have not begun."""
+        for member in self._roster:
+            if member.running is not None and not member.running.work.settled:
+                self._waste(member.running, "stopped", self._clock() - member.since)
         for work in self._work.values():
             self._release(work)
         self._work.clear()
@@ -154,6 +162,24 @@ class Dispatcher:
                 self._recall(attempt)
             self._start(attempt.work, helper, copy=running)
         self._say_if_short()
+        self._give_up_disputes()
+
+    def _give_up_disputes(self) -> None:
+        """End the run over a dispute that waits for a further worker which does not come.
+
+        Raises:
+            NumericsError: one has waited as long as workers may take to start.
+        """
+        long = PATIENT_STARTS * self._policy.start_timeout
+        for work in self._retries:
+            lonely = len(work.opinions) > 1 and all(member in work.tried for member in self._roster)
+            if lonely and self._clock() - work.waits_since > long:
+                self._undecided(work, f"no further one has come in {long:g} s to tell who is right")
+
+    def _undecided(self, work: Work, why: str) -> NoReturn:
+        workers = [member.slot for member, _ in work.opinions]
+        text = f"{describe(work.order)}: workers {workers} give different bits, and {why}{self._command(work.order)}"
+        raise NumericsError(text)
 
     def _until_due(self) -> float:
         now = self._clock()
@@ -188,12 +214,24 @@ class Dispatcher:
                     if self._roster.get(member.slot) is member:
                         self._gone(member, "its node is gone")
                 self._roster.start_due()
+            case Sending():
+                self._sending(event)
             case Failed(order=None):
                 self._roster.fail_start(event.slot, event.message, counts=event.kind == "start_error")
                 self._outcomes.append(Failure("worker_lost", f"worker {event.slot} failed to start: {event.message}"))
                 self._roster.start_due()
             case Failed():
                 self._fail(event)
+
+    def _sending(self, sending: Sending) -> None:
+        """A node is being sent the store: workers come later for it, which is said now and then."""
+        self._roster.wait_on()
+        now = self._clock()
+        if now - self._sending_said >= min(SENDING_SECONDS, self._policy.start_timeout / 4):
+            self._sending_said = now
+            sent, size = sending.sent / 1e6, sending.size / 1e6
+            text = f"worker {sending.slot}'s node lacks the store: it has been sent {sent:.1f} of {size:.1f} MB"
+            self._outcomes.append(Delay(text))
 
     def _leave_queue(self, slot: int, order: Order) -> tuple[Attempt, float] | None:
         """The attempt that a worker is done with and its seconds; ``None`` for one of a worker that is gone."""
@@ -295,10 +333,7 @@ class Dispatcher:
         """
         workers = [member.slot for member, _ in work.opinions]
         if len(work.opinions) > 2 or self._pool.size < 3:
-            raise NumericsError(
-                f"{describe(work.order)}: workers {workers} give different bits, and no further one can tell who is "
-                f"right{self._command(work.order)}"
-            )
+            self._undecided(work, "no further one can tell who is right")
         self._outcomes.append(
             Failure("duplicate_mismatch", f"{describe(work.order)}: workers {workers} differ; a third one is asked")
         )
@@ -338,7 +373,7 @@ class Dispatcher:
         left = self._leave_queue(failed.slot, failed.order)
         assert left is not None
         attempt, seconds = left
-        self._waste(attempt, "error", seconds)
+        self._waste(attempt, "unreachable" if failed.kind == "unreachable" else "error", seconds)
         if attempt.work.settled:
             return
         if failed.kind == "unreachable":  # the network's fault, not the order's
@@ -447,6 +482,7 @@ class Dispatcher:
             self.goodput.lose(cause, seconds)
 
     def _retry(self, work: Work) -> None:
+        work.waits_since = self._clock()
         self._retries.append(work)
 
     def _reissue(self, work: Work) -> None:

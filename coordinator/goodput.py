@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Loss = Literal["copy", "verification", "nonfinite", "stale", "damaged", "error", "worker", "deadline", "late", "driver"]
+Loss = Literal[
+    *("copy", "verification", "nonfinite", "stale", "damaged", "error"),
+    *("unreachable", "worker", "deadline", "late", "stopped", "driver"),
+]
 """What work can be lost to: the slower of two copies, a second opinion, a non-finite or too stale contribution, a reply
-damaged on its way, an exception, a lost worker, a deadline, a reply that nobody waited for any more, a lost driver."""
+damaged on its way, an exception, a call that did not get through, a lost worker, a deadline, a reply that nobody waited
+for any more, the end of the run while it was computed, a lost driver."""
 
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 

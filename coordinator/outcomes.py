@@ -2,6 +2,7 @@
 
 Accepted, Evaluated    an order is settled
 Failure, Notice        something was dealt with; something is to be known
+Delay                  a notice: workers take longer to start, and why
 Joined                 a worker is ready
 """
 
@@ -56,6 +57,11 @@ class Joined:
     """Whether it was not there from the start."""
 
 
+@dataclass(frozen=True)
+class Delay(Notice):
+    """Workers that start take longer, for a good reason: whoever waits for them is to wait on."""
+
+
 Outcome = Accepted | Evaluated | Failure | Notice | Joined
 
 
@@ -70,5 +76,6 @@ def problem_with(reply: Reply) -> str | None:
     wanted = order.part, order.base_version, order.first_episode, order.episodes
     if isinstance(result, EvaluationPart):
         given = result.part, result.version, result.first_episode, len(result.loss)
-        return None if given == wanted else "its reply is no answer to the order"
+        if given == wanted:
+            return None if result.content_digest() == result.digest else "its reply was damaged on its way"
     return "its reply is no answer to the order"

@@ -1,7 +1,7 @@
 """Where orders are computed: the interface between the dispatcher and the workers, and the pool of this very process.
 
     dispatcher -> submit(slot, order, handle), recall(slot, order), publish(published) -> handle, replace(slot, avoid)
-    dispatcher <- wait(timeout) -> WorkerReady | Reply | Skipped | Failed | NodesChanged
+    dispatcher <- wait(timeout) -> WorkerReady | Reply | Skipped | Failed | NodesChanged | Sending
 
 The Ray pool (``ray_pool``) and ``InProcessPool`` implement it; so does the scripted fake in the tests.
 """
@@ -73,7 +73,18 @@ class NodesChanged:
     """Of those that are about to go."""
 
 
-Event = WorkerReady | Reply | Skipped | Failed | NodesChanged
+@dataclass(frozen=True)
+class Sending:
+    """A starting worker's node lacks the store and is being sent it."""
+
+    slot: int
+    sent: int
+    """Bytes that it has so far."""
+    size: int
+    """Bytes of the store."""
+
+
+Event = WorkerReady | Reply | Skipped | Failed | NodesChanged | Sending
 
 
 class Pool(Protocol):

@@ -30,7 +30,18 @@ from cluster.errors import MetafleetError, StoreMissingError
 from cluster.faults import VARIABLE
 from cluster.messages import Contribution, EvaluationPart, Published, WorkerHello
 from coordinator.capacity import room
-from coordinator.pool import Event, Failed, Handle, NodesChanged, Order, Reply, Skipped, WorkerReady, payload_bytes
+from coordinator.pool import (
+    Event,
+    Failed,
+    Handle,
+    NodesChanged,
+    Order,
+    Reply,
+    Sending,
+    Skipped,
+    WorkerReady,
+    payload_bytes,
+)
 from metaworker.actor import WorkerActor
 
 LOOK_SECONDS = 2.0
@@ -169,21 +180,19 @@ class RayPool:
         """Whether there are workers that are not ready yet."""
         return any(pending.order is None for pending in self._pending.values())
 
-    def _send_store(self, slot: int, missing: StoreMissingError, wanted: int | None = None) -> None:
-        """Send a worker whose node lacks the store its header, or the bytes that it wants next.
+    def _send_store(self, slot: int, missing: StoreMissingError, wanted: int = 0, *, asked: bool = False) -> Sending:
+        """Send a worker whose node lacks the store its header, or, once it has ``asked``, the bytes from ``wanted`` on.
 
         Raises:
             StoreMissingError: the driver has nothing at that path either (any more).
             StoreError: the driver's store cannot be read.
         """
-        actor = self._actors[slot]
-        if wanted is not None:
-            reference = actor.take.remote(self._chunks.at(wanted))
-        elif (header := self._chunks.header()) is not None:
-            reference = actor.expect.remote(header)
-        else:
+        actor, header = self._actors[slot], self._chunks.header()
+        if header is None:
             raise missing from None
+        reference = actor.take.remote(self._chunks.at(wanted)) if asked else actor.expect.remote(header)
         self._pending[reference] = _Pending(slot, None, missing)
+        return Sending(slot, wanted, header.size)
 
     def _look(self) -> NodesChanged | None:
         """Look at the nodes: tell of changes, and give new room new workers."""
@@ -221,8 +230,7 @@ class RayPool:
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if order is None and isinstance(cause, StoreMissingError) and pending.missing is None:
-                self._send_store(slot, cause)
-                return None
+                return self._send_store(slot, cause)
             if order is None and isinstance(cause, MetafleetError) and slot in self._first:
                 raise cause from None
             message = f"{type(cause).__name__}: {_one_line(cause)}"
@@ -236,8 +244,7 @@ class RayPool:
             return Failed(slot, order, "unreachable", _why(error), str(error))
         if order is None:
             if pending.missing is not None and isinstance(result, int):
-                self._send_store(slot, pending.missing, result)
-                return None
+                return self._send_store(slot, pending.missing, result, asked=True)
             self._ready[slot] = result.node_id
             self._first.discard(slot)
             return WorkerReady(slot, result)

@@ -173,6 +173,12 @@ class Roster:
         del self._members[member.slot]
         self._schedule(member.slot)
 
+    def wait_on(self) -> None:
+        """Workers that have been started and are not ready yet have a good reason."""
+        for place in self._slots.values():
+            if place.started is not None:
+                place.started = self._clock()
+
     def start_due(self) -> None:
         """Start the workers whose time has come, and those again that do not come or may be elsewhere by now."""
         now, avoided = self._clock(), self.avoided

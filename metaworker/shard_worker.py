@@ -104,7 +104,7 @@ class ShardWorker:
             scores.append(score)
         rows = np.concatenate(scores)
         self._idle_since = time.perf_counter()
-        return EvaluationPart(
+        scored = EvaluationPart(
             part=task.part,
             version=published.version,
             attempt=task.attempt,
@@ -114,6 +114,7 @@ class ShardWorker:
             confusion=None if self.config.regression else rows,
             squared_error=rows if self.config.regression else None,
         )
+        return replace(scored, digest=scored.content_digest())
 
     def _load(self, published: Published) -> tuple[Tensors, Tensors]:
         """θ and learner state on the device, as copies: arrays out of the object store are read-only."""

@@ -43,7 +43,7 @@ from coordinator.crew import Crew
 from coordinator.dispatch import Dispatcher
 from coordinator.meta_state import MetaState
 from coordinator.outcomes import Joined
-from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, Skipped, WorkerReady
+from coordinator.pool import Event, Failed, Handle, InProcessPool, Order, Reply, Sending, Skipped, WorkerReady
 from coordinator.recorder import Recorder
 from coordinator.replay import Replayer
 from coordinator.run_dir import RunDirectory, RunIdentity
@@ -89,7 +89,8 @@ def answer(slot: int, order: Order) -> Contribution | EvaluationPart:
     if isinstance(order, EvaluationTask):
         errors = np.arange(order.first_episode, order.first_episode + order.episodes, dtype=np.float64)[:, None]
         about = (order.part, order.base_version, order.attempt, slot, order.first_episode)
-        return EvaluationPart(*about, loss=errors, confusion=None, squared_error=errors)
+        part = EvaluationPart(*about, loss=errors, confusion=None, squared_error=errors)
+        return replace(part, digest=part.content_digest())
     rng = np.random.default_rng([order.shard, order.base_version])
     gradient = rng.standard_normal(5, dtype=np.float32)
     return contribution(
@@ -135,6 +136,7 @@ class FakePool:
         slots: how many there are; none is ready before the test says so.
         limit: most orders that a worker may have.
         answers: what a worker computes, from its slot and the order.
+        restarts: whether a worker that does not come may be started again.
     """
 
     def __init__(
@@ -142,8 +144,10 @@ class FakePool:
         slots: int,
         limit: int = 2,
         answers: Callable[[int, Order], Contribution | EvaluationPart] = answer,
+        restarts: bool = False,
     ) -> None:
         self._slots = slots
+        self._restarts = restarts
         self._limit = limit
         self._answers = answers
         self._workers: dict[int, _Worker] = {}
@@ -199,11 +203,15 @@ class FakePool:
                 worker = self._workers.get(slot)
                 if worker is not None and worker.dead and order in worker.orders:
                     self._bury(slot)
+            case Failed(kind="unreachable"):
+                pass  # nobody's fault
             case Failed(slot, order) if order is not None and identity(order) not in self._nonfinite:
                 self.suspects[identity(order)] = slot
             case Reply(slot, order, Contribution() as result) if not (result.finite or id(event) in self._dead_letters):
                 self.suspects[identity(order)] = slot
                 self._nonfinite.add(identity(order))
+            case Reply(slot, order, EvaluationPart() as part) if part.digest != part.content_digest():
+                self.suspects[identity(order)] = slot
             case Reply(_, order, EvaluationPart()) if id(event) not in self._dead_letters:
                 self._attempts.pop(identity(order), None)  # settled, and may be ordered again
         return event
@@ -216,8 +224,8 @@ class FakePool:
         raise AssertionError("no worker hangs or lies here")
 
     def replace(self, slot: int, avoid: frozenset[str] = frozenset()) -> None:
-        assert slot in self._lost, f"worker {slot} is replaced without having been lost"
-        self._lost.remove(slot)
+        assert slot in self._lost or (self._restarts and slot in self._starting), f"worker {slot} is not lost"
+        self._lost.discard(slot)
         self._starting.add(slot)
         self.replaced.append(slot)
 
@@ -268,6 +276,15 @@ class FakePool:
         order = self._workers[slot].orders.pop(0)
         passed = (slot, order) in self.recalled
         self._events.append(Skipped(slot, order) if passed else self._computed(slot, order, result))
+
+    def miss(self, slot: int) -> None:
+        """A worker was not reached for its first order."""
+        order = self._workers[slot].orders.pop(0)
+        self._events.append(Failed(slot, order, "unreachable", "no route"))
+
+    def send(self, slot: int, sent: int, size: int) -> None:
+        """A starting worker's node is being sent the store."""
+        self._events.append(Sending(slot, sent, size))
 
     def error(self, slot: int, message: str = "ValueError: scripted", detail: str = "Traceback …") -> None:
         """A worker's code has raised at its first order."""

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import sections
-from cluster.errors import ClusterError, PoisonShardError
+from cluster.errors import ClusterError, NumericsError, PoisonShardError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, ShardTask
 from coordinator.aggregators import build_aggregator
 from coordinator.aggregators.base import Counted, Dropped, Update
 from coordinator.attempts import Policy, describe
 from coordinator.dispatch import Dispatcher
-from coordinator.outcomes import Accepted, Evaluated, Failure, Joined, Outcome
+from coordinator.outcomes import Accepted, Delay, Evaluated, Failure, Joined, Outcome
 from coordinator.pool import Order
 from tests.coordinator.harness import FakePool, answer, contribution
 
@@ -545,6 +545,70 @@ def test_evaluation_orders_go_the_same_ways() -> None:
     outcomes = drain(dispatcher, pool)
     assert kinds(outcomes) == ["Accepted", "Evaluated"]
     assert isinstance(outcomes[1], Evaluated) and outcomes[1].part.attempt == 1
+
+
+def test_scores_that_were_damaged_on_their_way_are_computed_again() -> None:
+    dispatcher, pool = started(2)
+    submit(dispatcher, evaluation(0, 5))
+    part = answer(0, evaluation(0, 5))
+    assert isinstance(part, EvaluationPart)
+    pool.reply(0, replace(part, loss=part.loss + 1))
+    assert kinds(drain(dispatcher, pool)) == ["shard_error"]
+    pool.reply(1)
+    (outcome,) = drain(dispatcher, pool)
+    assert isinstance(outcome, Evaluated) and outcome.part.loss.tolist() == part.loss.tolist()
+
+
+def test_a_dispute_ends_the_run_if_no_third_worker_comes() -> None:
+    now = [0.0]
+    pool = FakePool(3, restarts=True)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0, verify=1.0, start_timeout=10.0), lambda: now[0])
+    pool.ready(0, 1)
+    drain(dispatcher, pool)
+    submit(dispatcher, shard(0))
+    drain(dispatcher, pool)
+    for slot in (0, 1):
+        pool.reply(slot, contribution(0, gradient=(slot, 0.0, 0.0), attempt=slot, worker=slot, episodes=8))
+    (disputed,) = drain(dispatcher, pool)
+    assert isinstance(disputed, Failure) and "workers [0, 1] differ; a third one is asked" in disputed.message
+    now[0] = 50.0
+    assert drain(dispatcher, pool) == []
+    now[0] = 51.0
+    with pytest.raises(
+        NumericsError, match=r"workers \[0, 1\] give different bits, and no further one has come in 50 s"
+    ):
+        drain(dispatcher, pool)
+
+
+def test_workers_whose_node_is_being_sent_the_store_may_take_longer_and_that_is_said() -> None:
+    now = [0.0]
+    pool = FakePool(2, restarts=True)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0, start_timeout=20.0), lambda: now[0])
+    said = []
+    for second in range(0, 400, 2):
+        now[0] = float(second)
+        pool.send(1, second * 1_000_000, 400_000_000)
+        said += [outcome for outcome in drain(dispatcher, pool) if isinstance(outcome, Delay)]
+    assert pool.replaced == []
+    assert said[1] == Delay("worker 1's node lacks the store: it has been sent 6.0 of 400.0 MB")
+    assert len(said) == len(range(0, 400, 6))
+    now[0] += 101.0
+    drain(dispatcher, pool)
+    assert pool.replaced == [0, 1]
+
+
+def test_what_was_computed_for_nothing_is_counted_by_cause() -> None:
+    now = [0.0]
+    dispatcher, pool = started(2, clock=lambda: now[0])
+    submit(dispatcher, shard(0), shard(1), shard(2))
+    now[0] = 1.0
+    pool.miss(0)
+    drain(dispatcher, pool)
+    assert dispatcher.goodput.lost == {"unreachable": 1}
+    now[0] = 3.0
+    dispatcher.forget()
+    assert dispatcher.goodput.lost == {"unreachable": 1, "stopped": 2}
+    assert dispatcher.goodput.lost_seconds == {"unreachable": 1.0, "stopped": 5.0}
 
 
 def test_what_is_forgotten_never_comes_back_but_occupies_its_worker_until_it_is_done() -> None:
