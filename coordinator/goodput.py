@@ -11,8 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Loss = Literal[
-    *("copy", "verification", "nonfinite", "stale", "damaged", "error"),
-    *("unreachable", "worker", "deadline", "late", "stopped", "driver"),
+    "copy",
+    "verification",
+    "nonfinite",
+    "stale",
+    "damaged",
+    "error",
+    "unreachable",
+    "worker",
+    "deadline",
+    "late",
+    "stopped",
+    "driver",
 ]
 """What work can be lost to: the slower of two copies, a second opinion, a non-finite or too stale contribution, a reply
 damaged on its way, an exception, a call that did not get through, a lost worker, a deadline, a reply that nobody waited
