@@ -54,8 +54,9 @@ class Nodes:
     def address(self) -> str:
         return str(self.cluster.address)
 
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=2, object_store_memory=SMALL_STORE)
+    def add(self, **environment: str) -> Any:
+        """One more node; its processes have these environment variables too."""
+        return self.cluster.add_node(num_cpus=2, object_store_memory=SMALL_STORE, env_vars=environment)
 
     def drain(self, node: Any, seconds: float) -> None:
         """Tell Ray that a node is preempted and goes in so many seconds."""
@@ -182,6 +183,16 @@ def test_a_node_that_joins(command: Command, nodes: Nodes, undisturbed: str) -> 
     nodes.add()
     report = must_be(driver.finish(), undisturbed)
     assert report["workers"] == 4
+
+
+def test_a_node_of_other_hardware_joins(command: Command, nodes: Nodes, undisturbed: str) -> None:
+    nodes.cluster.remove_node(nodes.workers[0])
+    driver = training(command, nodes)
+    nodes.add(ATEN_CPU_CAPABILITY="default")  # what torch would choose on a CPU without vector instructions
+    report = must_be(driver.finish(), undisturbed)
+    assert report["failures"]["refused"] >= 1 and report["workers"] == 2
+    assert "computes on other hardware or software than the run" in driver.err
+    assert "it is not used, and the run goes on without it" in driver.err
 
 
 def test_workers_that_run_out_of_memory_are_reported_as_such(command: Command) -> None:
