@@ -22,8 +22,9 @@ from benchmarks.machine import THREADS
 from benchmarks.report import Floor, Result, Sheet
 from benchmarks.rounds import Spread, interleave, ratios, seconds
 from benchmarks.sequential import higher_gradient, module, plain_gradient
+from cluster.config.learners import MAML
 from cluster.config.run import RunConfig
-from cluster.config.sections import MAML, EpisodeShape, Shard
+from cluster.config.sections import EpisodeShape, Shard
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource

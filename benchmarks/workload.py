@@ -11,8 +11,9 @@ import math
 
 from benchmarks.machine import THREADS
 from benchmarks.rounds import seconds
+from cluster.config.learners import MAML
 from cluster.config.run import RunConfig
-from cluster.config.sections import MAML, EpisodeShape, Evaluation, Execution, Shard, SyncAggregator
+from cluster.config.sections import EpisodeShape, Evaluation, Execution, Shard, SyncAggregator
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.messages import Published, ShardTask

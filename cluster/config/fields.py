@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from cluster.config.base import Section
 from cluster.config.run import RunConfig
-from cluster.config.sections import Section
 
 
 @dataclass(frozen=True)

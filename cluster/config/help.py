@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cluster.config.base import Section
 from cluster.config.fields import ConfigField, all_fields, members
 from cluster.config.run import RunConfig
-from cluster.config.sections import Section
 
 _INTRODUCTION = """\
 Configuration fields, as keys of a recipe or as options: --learner.inner_steps 5, --learner.first_order, \

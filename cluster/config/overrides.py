@@ -9,10 +9,10 @@ from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
+from cluster.config.base import Section
 from cluster.config.fields import as_text, element_type, is_list, members, nullable, value_type
 from cluster.config.refusal import unknown_key, unknown_type
 from cluster.config.run import RunConfig
-from cluster.config.sections import Section
 from cluster.errors import ConfigError
 
 Override = tuple[str, str]

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.config.base import Section
 from cluster.config.fields import all_fields, as_text, members
 from cluster.config.run import RunConfig
-from cluster.config.sections import Section
 
 _BOUNDS = {
     "greater_than": ("gt", ">"),

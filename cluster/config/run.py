@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.config.base import Section
+from cluster.config.learners import MAML, Learner, Reptile
 from cluster.config.sections import (
-    MAML,
     MLP,
     Adam,
     Aggregator,
@@ -22,12 +23,9 @@ from cluster.config.sections import (
     Evaluation,
     Execution,
     GlyphsData,
-    Learner,
     Model,
     Optimizer,
-    Reptile,
     Schedule,
-    Section,
     Shard,
     SinusoidData,
     SyncAggregator,
@@ -82,8 +80,10 @@ class RunConfig(Section):
         regression = isinstance(self.data, SinusoidData)
         if regression and self.episode.way != 1:
             raise ValueError(f"episode.way must be 1 for regression (data.type sinusoid), got {self.episode.way}")
-        if regression and self.learner.type == "protonet":
-            raise ValueError("learner.type protonet classifies; data.type sinusoid is regression: use maml or reptile")
+        if regression and not self.learner.regresses:
+            raise ValueError(
+                f"learner.type {self.learner.type} classifies; data.type sinusoid is regression: use maml or reptile"
+            )
         if regression and not isinstance(self.model, MLP):
             raise ValueError(f"model.type must be mlp for data.type sinusoid, got {self.model.type}")
         if regression and self.evaluation.way not in (None, 1):

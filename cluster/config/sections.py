@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: frozen, typed, unknown keys refused, unions chosen by ``type``.
+"""The sections of a run's configuration, unions chosen by ``type``; those of learners are in ``learners``.
 
 Field docstrings are the ``--help`` text: meaning and unit. This module imports nothing heavy.
 """
@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """Base of every configuration section: frozen and closed; no number is infinite or NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
+from cluster.config.base import Section
 
 # ---------------------------------------------------------------------------------------------------------------- data
 
@@ -149,6 +144,8 @@ class Conv4Pool(Section):
     type: Literal["conv4_pool"] = "conv4_pool"
     channels: int = Field(default=64, ge=1)
     """Channels of every convolution."""
+    pools: int = Field(default=4, ge=0, le=4)
+    """Blocks that pool, the first ones; 2 leaves a map that Relation Networks compare."""
     batch_norm: BatchNorm = "transductive"
     """Batch statistics: of the set at hand (transductive), of the support set (support), or running averages."""
 
@@ -162,49 +159,6 @@ class MLP(Section):
 
 
 Model = Annotated[Conv4Strided | Conv4Pool | MLP, Field(discriminator="type")]
-
-# ------------------------------------------------------------------------------------------------------------ learners
-
-
-class MAML(Section):
-    """Model-agnostic meta-learning (arXiv 1703.03400), second or first order."""
-
-    type: Literal["maml"] = "maml"
-    inner_lr: float = Field(default=0.4, gt=0)
-    """Inner step size α."""
-    inner_steps: int = Field(default=1, ge=1)
-    """Adaptation steps in training."""
-    eval_steps: int = Field(default=3, ge=1)
-    """Adaptation steps in evaluation."""
-    first_order: bool = False
-    """Whether second derivatives are dropped (first-order MAML)."""
-
-
-class Reptile(Section):
-    """Reptile (arXiv 1803.02999): the meta-gradient is θ − φ after inner Adam or SGD steps."""
-
-    type: Literal["reptile"] = "reptile"
-    inner_lr: float = Field(default=1e-3, gt=0)
-    """Inner step size."""
-    inner_steps: int = Field(default=5, ge=1)
-    """Inner steps in training."""
-    eval_steps: int = Field(default=50, ge=1)
-    """Inner steps in evaluation."""
-    inner_batch: int = Field(default=10, ge=1)
-    """Samples an inner step in training, drawn without replacement in passes over support and query together."""
-    eval_inner_batch: int = Field(default=5, ge=1)
-    """Samples an inner step in evaluation, drawn from the support set."""
-    inner_optimizer: Literal["adam", "sgd"] = "adam"
-    """Inner optimizer; Adam is used with β1 = 0, as in the paper."""
-
-
-class ProtoNet(Section):
-    """Prototypical Networks (arXiv 1703.05175): softmax over negative squared distances to class means."""
-
-    type: Literal["protonet"] = "protonet"
-
-
-Learner = Annotated[MAML | Reptile | ProtoNet, Field(discriminator="type")]
 
 # -------------------------------------------------------------------------------------------------------- outer update
 

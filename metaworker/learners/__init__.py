@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from cluster.config import sections
+from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.config.sections import BatchNorm
 from cluster.errors import ConfigError
 from metaworker.learners.base import Learner
+from metaworker.learners.embedding import EmbeddingLearner
 from metaworker.learners.maml import MAML
 from metaworker.learners.objective import CLASSIFICATION, REGRESSION
-from metaworker.learners.protonet import ProtoNet
+from metaworker.learners.protonet import Prototypes
 from metaworker.learners.reptile import Reptile
 from metaworker.models import build_backbone
 
@@ -30,7 +31,7 @@ def check_way(config: RunConfig, way: int, key: str) -> None:
     Raises:
         ConfigError: the learner's head has one output a class, and ``way`` is not training's.
     """
-    if config.learner.type != "protonet" and way != config.episode.way:
+    if not config.learner.any_way and way != config.episode.way:
         raise ConfigError(
             f"{key} must be {config.episode.way}, as in training, for learner {config.learner.type}, whose head has "
             f"one output a class, got {way}"
@@ -45,8 +46,7 @@ def build_learner(
     Args:
         config: the run's configuration.
         sample_shape: shape of one input sample.
-        way: classes of an episode, where an evaluation's differ from training's (ProtoNet's parameters do not
-            depend on it).
+        way: classes of an episode, where an evaluation's differ from training's (`LearnerSection.any_way`).
         batch_norm: batch-norm mode of an evaluation, where it differs from training's.
     """
     way = config.episode.way if way is None else way
@@ -54,10 +54,10 @@ def build_learner(
     objective = REGRESSION if config.regression else CLASSIFICATION
     outputs = 1 if config.regression else way
     match config.learner:
-        case sections.MAML() as c:
+        case learners.MAML() as c:
             backbone = build_backbone(config.model, sample_shape, outputs)
             return MAML(backbone, objective, mode, c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
-        case sections.Reptile() as c:
+        case learners.Reptile() as c:
             backbone = build_backbone(config.model, sample_shape, outputs)
             adam = c.inner_optimizer == "adam"
             return Reptile(
@@ -72,5 +72,7 @@ def build_learner(
                 adam,
                 config.seed,
             )
-        case sections.ProtoNet():
-            return ProtoNet(build_backbone(config.model, sample_shape, None), objective, mode, way)
+        case learners.ProtoNet():
+            return EmbeddingLearner(
+                build_backbone(config.model, sample_shape, None), Prototypes(way), mode, config.seed
+            )

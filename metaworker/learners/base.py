@@ -64,6 +64,16 @@ class Learner(Protocol):
         """Whether a query's prediction may depend on the other queries."""
         ...
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the order of the support samples may matter."""
+        ...
+
+    @property
+    def names_matter(self) -> bool:
+        """Whether it may matter which label which class has."""
+        ...
+
     def meta_parameters(self, seed: int) -> Tensors:
         """Initial meta-parameters θ, drawn by key."""
         ...

@@ -51,6 +51,16 @@ class MAML:
         """Whether queries share batch statistics."""
         return self.batch_norm == "transductive" and bool(self.backbone.statistics())
 
+    @property
+    def ordered(self) -> bool:
+        """All samples are in every step."""
+        return False
+
+    @property
+    def names_matter(self) -> bool:
+        """The head has weights of its own for each label."""
+        return True
+
     def meta_parameters(self, seed: int) -> Tensors:
         """The backbone's initial parameters."""
         return self.backbone.parameters(lambda name, shape: keys.tensor_normals(seed, "init", name, shape))

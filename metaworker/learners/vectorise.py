@@ -16,10 +16,8 @@ from metaworker.learners.base import ShardResult
 Adapt = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensors]
 """One episode: (θ, support x, support y) -> adapted parameters."""
 
-Score = Callable[
-    [Mapping[str, Tensor], Tensor, Tensor, Tensor, Tensor], tuple[Float[Tensor, ""], Float[Tensor, ""], Tensors]
-]
-"""One episode: (parameters, support x, support y, query x, query y) -> (query loss, metric, proposals)."""
+Score = Callable[..., tuple[Float[Tensor, ""], Float[Tensor, ""], Tensors]]
+"""One episode: (parameters, support x, support y, query x, query y[, extra]) -> (query loss, metric, proposals)."""
 
 LOOPED_FROM = 20
 """Query samples an episode from which one episode fills the CPU's kernels: looping is faster than vectorising then."""
@@ -32,6 +30,7 @@ def differentiate(
     score: Score,
     adapt: Adapt | None = None,
     looped_score: Score | None = None,
+    extra: Tensor | None = None,
 ) -> ShardResult:
     """Σ over episodes of ∂ score(adapt(θ)) / ∂θ.
 
@@ -45,6 +44,7 @@ def differentiate(
         score: the query loss of one episode, given its adapted parameters.
         adapt: how one episode adapts θ; not at all when not given.
         looped_score: ``score`` by kernels that are faster but work outside ``vmap`` only.
+        extra: what ``score`` takes besides, ``[episode, …]``.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
     loop = looped_score if episodes.query_x.shape[1] >= LOOPED_FROM and not episodes.query_x.is_cuda else None
@@ -53,9 +53,10 @@ def differentiate(
     for start in range(0, len(episodes), chunk):
         part = episodes.chunk(start, start + chunk)
         adapted = vmap(adapt, in_dims=(None, 0, 0))(leaves, part.support_x, part.support_y) if adapt else None
-        data = (part.support_x, part.support_y, part.query_x, part.query_y)
+        data: tuple[Tensor, ...] = (part.support_x, part.support_y, part.query_x, part.query_y)
+        data = data if extra is None else (*data, extra[start : start + chunk])
         if loop is None:
-            dims = (None if adapted is None else 0, 0, 0, 0, 0)
+            dims = (None if adapted is None else 0, *(0 for _ in data))
             values, scores, proposed = vmap(score, in_dims=dims)(leaves if adapted is None else adapted, *data)
         else:
             values, scores, proposed = _one_by_one(loop, leaves, adapted, data)

@@ -30,4 +30,5 @@ def build_backbone(model: Model, sample_shape: tuple[int, ...], outputs: int | N
         raise ConfigError(f"model.type {model.type} takes images, the samples have shape {sample_shape}: use mlp")
     assert isinstance(model, Conv4Strided | Conv4Pool)
     channel, height, width = sample_shape
-    return Conv4((channel, height, width), model.channels, isinstance(model, Conv4Strided), outputs)
+    pools = None if isinstance(model, Conv4Strided) else model.pools
+    return Conv4((channel, height, width), model.channels, pools, outputs)

@@ -28,27 +28,37 @@ class Conv4:
     """A Conv-4 for ``sample_shape`` = (channel, height, width).
 
     Attributes:
+        pools: how many of the first blocks max-pool; ``None`` for stride 2 and the mean over space instead.
         outputs: width of the linear head, or ``None`` for the embedding itself.
-        strided: stride 2 and mean over space, instead of max-pooling and flattening.
         fused_kernels: see ``fused``.
     """
 
     sample_shape: tuple[int, int, int]
     channels: int
-    strided: bool
+    pools: int | None
     outputs: int | None
     fused_kernels: bool = False
 
     @property
-    def embedding_size(self) -> int:
-        """Width of what the head sees."""
-        if self.strided:
-            return self.channels
+    def strided(self) -> bool:
+        """Whether strides shrink the maps, instead of max-pooling."""
+        return self.pools is None
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """Channel, height and width of what the embedding is flattened from."""
         _, height, width = self.sample_shape
-        for _ in range(BLOCKS):
+        if self.pools is None:
+            return self.channels, 1, 1
+        for _ in range(self.pools):
             if min(height, width) > 1:
                 height, width = height // 2, width // 2
-        return self.channels * height * width
+        return self.channels, height, width
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of what the head sees."""
+        return math.prod(self.map_shape)
 
     @property
     def output_size(self) -> int:
@@ -97,7 +107,7 @@ class Conv4:
                 given = None if statistics is None else (statistics[f"mean.{block}"], statistics[f"variance.{block}"])
                 x, mean, variance = batch_norm(x, scale, shift, given)
             used[f"mean.{block}"], used[f"variance.{block}"] = mean, variance
-            x = self._activate(x)
+            x = self._activate(x, block)
         x = x.mean((2, 3)) if self.strided else x.flatten(1)
         if self.outputs is not None:
             x = x @ parameters["head.weight"].T + parameters["head.bias"]
@@ -118,14 +128,14 @@ class Conv4:
             if observe:
                 used[f"mean.{block}"] = mean.view(tasks, -1)
                 used[f"variance.{block}"] = variance_of(inverse_deviation).view(tasks, -1)
-            x = self._activate(x, in_place=True)
+            x = self._activate(x, block, in_place=True)
         x = x.mean((2, 3)) if self.strided else x.flatten(1)
         x = x.view(samples, tasks, -1).transpose(0, 1)
         if self.outputs is not None:
             x = torch.baddbmm(parameters["head.bias"][:, None], x, parameters["head.weight"].transpose(1, 2))
         return x, used
 
-    def _activate(self, x: Tensor, in_place: bool = False) -> Tensor:
-        """ReLU, and max-pooling while there is something to pool."""
+    def _activate(self, x: Tensor, block: int, in_place: bool = False) -> Tensor:
+        """ReLU, and max-pooling in the first blocks while there is something to pool."""
         x = F.relu(x, inplace=in_place)
-        return F.max_pool2d(x, 2) if not self.strided and min(x.shape[-2:]) > 1 else x
+        return F.max_pool2d(x, 2) if block < (self.pools or 0) and min(x.shape[-2:]) > 1 else x

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config.base import Section
 from cluster.config.fields import ConfigField, all_fields, as_text, element_type, is_list, members, value_type
 from cluster.config.fields import nullable as is_nullable
 from cluster.config.help import field_groups
+from cluster.config.learners import Reptile
 from cluster.config.loading import load_recipe, load_resolved, refuse_result_changes, resolve, save_resolved
 from cluster.config.run import RunConfig
-from cluster.config.sections import AsyncAggregator, Conv4Pool, ListedSplit, MetadataSplit, Reptile, Section, StoreData
+from cluster.config.sections import AsyncAggregator, Conv4Pool, ListedSplit, MetadataSplit, StoreData
 from cluster.errors import ConfigError
 
 Overrides = list[tuple[str, str]]
@@ -66,7 +68,8 @@ def another_value(field: ConfigField, old: Any) -> str:
     if annotation is str:
         return "auto" if field.path.endswith("address") else "other"
     if annotation is int:
-        return str((old or 0) + 1)
+        most = next((bound.le for bound in field.info.metadata if hasattr(bound, "le")), None)
+        return str(old - 1 if old == most else (old or 0) + 1)
     return "0.125"
 
 

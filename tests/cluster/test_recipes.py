@@ -7,9 +7,10 @@ from importlib import resources
 
 import pytest
 
+from cluster.config.learners import MAML
 from cluster.config.loading import DEFAULT_RECIPE, load_recipe, resolve, shipped_recipes
 from cluster.config.run import RunConfig
-from cluster.config.sections import MAML, AsyncAggregator, SinusoidData, StoreData
+from cluster.config.sections import AsyncAggregator, SinusoidData, StoreData
 from cluster.episodes.splits import OMNIGLOT_SPLIT
 
 CONTRACT = {

@@ -15,17 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cluster.config.learners import MAML
 from cluster.config.run import RunConfig
-from cluster.config.sections import (
-    MAML,
-    MLP,
-    EpisodeShape,
-    Evaluation,
-    Execution,
-    Shard,
-    SinusoidData,
-    SyncAggregator,
-)
+from cluster.config.sections import MLP, EpisodeShape, Evaluation, Execution, Shard, SinusoidData, SyncAggregator
 from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.messages import (

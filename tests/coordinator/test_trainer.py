@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.config.learners import MAML, Reptile
 from cluster.config.run import RunConfig
 from cluster.config.sections import (
-    MAML,
     SGD,
     Adam,
     Aggregator,
@@ -24,7 +24,6 @@ from cluster.config.sections import (
     CosineSchedule,
     Evaluation,
     Execution,
-    Reptile,
     Shard,
     SyncAggregator,
 )

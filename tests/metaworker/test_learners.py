@@ -1,6 +1,6 @@
 """Conformance of every registered learner to ``learners.base.Learner``.
 
-A learner is registered by its section in ``cluster.config.sections.Learner``: it is tested here with its defaults on
+A learner is registered by its section in ``cluster.config.learners.Learner``: it is tested here with its defaults on
 every kind of model and episode that its configuration allows. `VARIANTS` adds options to try besides.
 """
 
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.testing import assert_close
 
-from cluster.config import sections
+from cluster.config import base, learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
 from cluster.flat import FlatSpec, Tensors
@@ -27,7 +27,7 @@ from metaworker.learners.base import Context, GradientKind, Learner, ShardResult
 from metaworker.shard_worker import evaluate_episodes
 
 WAY = 5
-REGISTERED: tuple[type[sections.Section], ...] = get_args(get_args(sections.Learner)[0])
+REGISTERED: tuple[type[base.Section], ...] = get_args(get_args(learners.Learner)[0])
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "maml": [{"inner_lr": 0.05, "inner_steps": 3, "eval_steps": 2}, {"inner_lr": 0.05, "first_order": True}],
     "reptile": [{"inner_optimizer": "sgd", "inner_lr": 0.05, "inner_batch": 7, "eval_steps": 3}],
@@ -299,6 +299,34 @@ def test_order_of_queries_does_not_matter(case: Case, draw: Any, perturbed: Pert
     adapted = learner.adapt(*perturbed(learner), episodes.support_x[0], episodes.support_y[0], {})[-1]
     order = torch.randperm(episodes.query_x.shape[1], generator=torch.Generator().manual_seed(0))
     close(learner.predict(adapted, episodes.query_x[0][order]), learner.predict(adapted, episodes.query_x[0])[order])
+
+
+@every_learner
+def test_order_of_support_samples_matters_where_the_learner_says_so(
+    case: Case, draw: Any, perturbed: Perturbed
+) -> None:
+    learner, episodes = case.learner(), draw(case, 1)
+    at, x, y, queries = perturbed(learner), episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    usual, other = (
+        learner.predict(learner.adapt(*at, *data, {})[-1], queries) for data in ((x, y), (x[order], y[order]))
+    )
+    if learner.ordered:
+        assert (other - usual).abs().max() > 1e-9
+    else:
+        close(other, usual)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.config.regression], ids=str)
+def test_naming_of_classes_matters_where_the_learner_says_so(case: Case, draw: Any, perturbed: Perturbed) -> None:
+    learner, episodes = case.learner(), draw(case, 1)
+    at, x, y, queries = perturbed(learner), episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
+    names = torch.tensor([3, 1, 4, 0, 2])
+    usual, renamed = (learner.predict(learner.adapt(*at, x, labels, {})[-1], queries) for labels in (y, names[y]))
+    if learner.names_matter:
+        assert (renamed[:, names] - usual).abs().max() > 1e-9
+    else:
+        close(renamed[:, names], usual)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.config.regression], ids=str)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cluster.config import sections
+from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.sinusoid import SinusoidSource
 from cluster.episodes.types import Episodes
@@ -38,7 +38,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 def learner_of(model: sections.Model, way: int = 5, **options: Any) -> Learner:
     config = RunConfig(
-        learner=sections.MAML(**({"inner_lr": 0.2} | options)),
+        learner=learners.MAML(**({"inner_lr": 0.2} | options)),
         model=model,
         episode=sections.EpisodeShape(way=way, shot=1, query=FEW),
         data=sections.GlyphsData() if way > 1 else sections.SinusoidData(),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from cluster.config import sections
+from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
@@ -34,7 +34,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 def learner_of(model: sections.Model, mode: str = "transductive", way: int | None = None) -> Learner:
     model = model if isinstance(model, sections.MLP) else model.model_copy(update={"batch_norm": mode})
-    return build_learner(RunConfig(learner=sections.ProtoNet(), model=model), (1, 12, 12), way=way)
+    return build_learner(RunConfig(learner=learners.ProtoNet(), model=model), (1, 12, 12), way=way)
 
 
 def plain_logits(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from cluster.config import sections
+from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
@@ -36,7 +36,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 
 def learner_of(model: sections.Model, optimizer: Any, way: int = 5, **options: Any) -> Learner:
-    reptile = sections.Reptile(**({"inner_optimizer": optimizer, "inner_lr": RATES[optimizer]} | options))
+    reptile = learners.Reptile(**({"inner_optimizer": optimizer, "inner_lr": RATES[optimizer]} | options))
     data = sections.GlyphsData() if way > 1 else sections.SinusoidData()
     config = RunConfig(learner=reptile, model=model, episode=sections.EpisodeShape(way=way), data=data)
     return build_learner(config, (1, 12, 12) if way > 1 else (1,))

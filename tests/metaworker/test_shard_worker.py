@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from cluster.config import sections
+from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.sinusoid import SinusoidSource
 from cluster.episodes.types import Episodes, EpisodeSource
@@ -28,7 +28,7 @@ from metaworker.shard_worker import ShardWorker
 pytestmark = pytest.mark.filterwarnings("error:The given NumPy array is not writable")
 
 WAY, SHOT, QUERY = 5, 2, 3
-LEARNERS = (sections.MAML(inner_lr=0.1, eval_steps=2), sections.Reptile(eval_steps=2), sections.ProtoNet())
+LEARNERS = (learners.MAML(inner_lr=0.1, eval_steps=2), learners.Reptile(eval_steps=2), learners.ProtoNet())
 every_learner = pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: learner.type)
 
 
@@ -76,7 +76,7 @@ def determinism_put_back() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def config_of(learner: sections.Learner = LEARNERS[0], **options: Any) -> RunConfig:
+def config_of(learner: learners.Learner = LEARNERS[0], **options: Any) -> RunConfig:
     defaults: dict[str, Any] = {
         "model": sections.Conv4Strided(channels=4),
         "episode": sections.EpisodeShape(way=WAY, shot=SHOT, query=QUERY),
@@ -85,7 +85,7 @@ def config_of(learner: sections.Learner = LEARNERS[0], **options: Any) -> RunCon
     return RunConfig(learner=learner, **(defaults | options))
 
 
-def worker_of(learner: sections.Learner = LEARNERS[0], slot: int = 0, **options: Any) -> ShardWorker:
+def worker_of(learner: learners.Learner = LEARNERS[0], slot: int = 0, **options: Any) -> ShardWorker:
     return ShardWorker(config_of(learner, **options), PictureSource(), slot)
 
 
@@ -94,7 +94,7 @@ def sinusoid_worker() -> ShardWorker:
         data=sections.SinusoidData(),
         episode=sections.EpisodeShape(way=1, shot=5, query=7),
         model=sections.MLP(hidden=(8,)),
-        learner=sections.MAML(inner_lr=0.01, eval_steps=2),
+        learner=learners.MAML(inner_lr=0.01, eval_steps=2),
     )
     return ShardWorker(config, SinusoidSource(config.data, config.seed))
 
@@ -122,7 +122,7 @@ def orders(first: int = 0, episodes: int = 6, **options: Any) -> EvaluationTask:
 
 
 @every_learner
-def test_the_same_shard_has_the_same_digest_on_every_worker(learner: sections.Learner) -> None:
+def test_the_same_shard_has_the_same_digest_on_every_worker(learner: learners.Learner) -> None:
     one, other = worker_of(learner, slot=0), worker_of(learner, slot=7)
     published = published_by(one)
     other.evaluate(published, orders())
@@ -134,7 +134,7 @@ def test_the_same_shard_has_the_same_digest_on_every_worker(learner: sections.Le
 
 
 @every_learner
-def test_other_work_has_another_digest(learner: sections.Learner) -> None:
+def test_other_work_has_another_digest(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     moved = published.theta.copy()
@@ -174,7 +174,7 @@ def test_the_digest_covers_everything_but_timings_attempt_and_worker() -> None:
 
 
 @every_learner
-def test_a_contribution_has_what_the_message_says(learner: sections.Learner) -> None:
+def test_a_contribution_has_what_the_message_says(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     done = worker.compute(published_by(worker), shard(2))
     assert (done.shard, done.base_version, done.episodes) == (2, 4, 8)
@@ -187,7 +187,7 @@ def test_a_contribution_has_what_the_message_says(learner: sections.Learner) -> 
 
 
 @every_learner
-def test_a_contribution_is_the_learners_on_the_episodes_of_the_shard(learner: sections.Learner) -> None:
+def test_a_contribution_is_the_learners_on_the_episodes_of_the_shard(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     done = worker.compute(published, ShardTask(shard=6, first_episode=48, episodes=3, base_version=4))
@@ -201,7 +201,7 @@ def test_a_contribution_is_the_learners_on_the_episodes_of_the_shard(learner: se
 
 
 @every_learner
-def test_what_was_published_is_never_written_to(learner: sections.Learner) -> None:
+def test_what_was_published_is_never_written_to(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     arrays = (published.theta, *published.state.values())
@@ -231,7 +231,7 @@ def test_statistics_are_of_the_shard_and_of_this_worker() -> None:
 
 
 @every_learner
-def test_statistics_are_means_over_the_episodes(learner: sections.Learner) -> None:
+def test_statistics_are_means_over_the_episodes(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     whole = worker.compute(published, shard(0)).statistics
@@ -241,7 +241,7 @@ def test_statistics_are_means_over_the_episodes(learner: sections.Learner) -> No
 
 
 @every_learner
-def test_shards_of_any_size_add_up(learner: sections.Learner) -> None:
+def test_shards_of_any_size_add_up(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     whole = worker.compute(published, ShardTask(0, 16, 8, 4))
@@ -256,10 +256,10 @@ def test_shards_of_any_size_add_up(learner: sections.Learner) -> None:
 
 
 def test_each_version_is_computed_with_its_own_parameters_and_state() -> None:
-    worker = worker_of(sections.ProtoNet(), model=sections.Conv4Strided(channels=4, batch_norm="running"))
+    worker = worker_of(learners.ProtoNet(), model=sections.Conv4Strided(channels=4, batch_norm="running"))
     old, new = published_by(worker, version=4), published_by(worker, version=5, seed=1)
     new = replace(new, state={name: 2 * rows for name, rows in new.state.items()})
-    fresh = {p.version: worker_of(sections.ProtoNet(), model=worker.config.model) for p in (old, new)}
+    fresh = {p.version: worker_of(learners.ProtoNet(), model=worker.config.model) for p in (old, new)}
     for published in (old, new, new, old):
         expected = fresh[published.version].compute(published, shard(0))
         assert worker.compute(published, shard(0)).digest == expected.digest
@@ -279,7 +279,7 @@ def test_parameters_of_another_layout_are_refused() -> None:
 
 
 @every_learner
-def test_a_contribution_with_nan_says_so(learner: sections.Learner) -> None:
+def test_a_contribution_with_nan_says_so(learner: learners.Learner) -> None:
     source = PictureSource(broken=frozenset({13}))
     worker = ShardWorker(config_of(learner), source)
     published = published_by(worker)
@@ -308,7 +308,7 @@ def test_finite_looks_at_the_gradient_the_proposals_and_the_loss(value: float) -
 
 
 @every_learner
-def test_evaluation_counts_every_query_once_at_each_step(learner: sections.Learner) -> None:
+def test_evaluation_counts_every_query_once_at_each_step(learner: learners.Learner) -> None:
     worker = worker_of(learner, slot=3)
     part = worker.evaluate(published_by(worker), orders(first=20, episodes=7, part=9, attempt=1))
     steps = 1 if learner.type == "protonet" else 3
@@ -321,7 +321,7 @@ def test_evaluation_counts_every_query_once_at_each_step(learner: sections.Learn
 
 @every_learner
 @pytest.mark.parametrize("mode", ["transductive", "support", "running"])
-def test_evaluation_scores_what_the_learner_predicts(learner: sections.Learner, mode: Any) -> None:
+def test_evaluation_scores_what_the_learner_predicts(learner: learners.Learner, mode: Any) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     part = worker.evaluate(published, orders(episodes=4, shot=1, query=4, batch_norm=mode))
@@ -342,7 +342,7 @@ def test_evaluation_scores_what_the_learner_predicts(learner: sections.Learner, 
 
 
 @every_learner
-def test_evaluation_in_parts_is_evaluation_as_a_whole(learner: sections.Learner) -> None:
+def test_evaluation_in_parts_is_evaluation_as_a_whole(learner: learners.Learner) -> None:
     worker = worker_of(learner)
     published = published_by(worker)
     whole = worker.evaluate(published, orders(episodes=9))
@@ -352,7 +352,7 @@ def test_evaluation_in_parts_is_evaluation_as_a_whole(learner: sections.Learner)
 
 
 def test_protonet_is_evaluated_with_other_numbers_of_classes() -> None:
-    worker = worker_of(sections.ProtoNet())
+    worker = worker_of(learners.ProtoNet())
     published = published_by(worker)
     for way in (2, 9):
         part = worker.evaluate(published, orders(way=way))
