@@ -1,0 +1,103 @@
+"""Every registered learner in whole runs on the embedded glyphs: it learns, and gives the same bits however it is run.
+
+Each runs its own recipe, ``glyphs-TYPE``, shortened: a smaller net, few versions, and scores on scripts that it has not
+trained on.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from cluster.config import learners
+from cluster.config.loading import load_recipe, resolve
+from cluster.config.run import RunConfig
+from cluster.config.sections import ConstantSchedule, Execution, SyncAggregator
+from cluster.episodes import open_source
+from cluster.messages import EvaluationTask, ShardTask
+from coordinator.meta_state import MetaState
+from metaworker.scores import combine
+from metaworker.shard_worker import ShardWorker
+from tests.coordinator.harness import Killed, drive, replayed
+
+TYPES = [section.model_fields["type"].default for section in get_args(get_args(learners.Learner)[0])]
+EPISODES = 480
+"""Training episodes of a shortened run."""
+MORE: dict[str, int] = {}
+"""Those of learners that begin to learn later, by ``type``."""
+CHANNELS = 12
+VERSIONS = 5
+"""Of a run whose bits are compared."""
+MARGIN = 0.05
+"""By which accuracy must be above that of the untrained learner."""
+FLOOR = 0.4
+"""Accuracy, 5-way: twice chance."""
+
+every_learner = pytest.mark.parametrize("kind", TYPES)
+
+
+def shortened(kind: str) -> RunConfig:
+    """The recipe with a smaller net and fewer versions."""
+    config = resolve(load_recipe(f"glyphs-{kind}"))
+    versions = MORE.get(kind, EPISODES) // (config.shard.episodes * config.shards_per_version)
+    changes: dict[str, Any] = {"steps": versions, "schedule": ConstantSchedule()}
+    changes["model"] = config.model.model_copy(update={"channels": CHANNELS})
+    changes["evaluation"] = config.evaluation.model_copy(update={"every": 0})
+    changes["execution"] = Execution(checkpoint_every=3, metrics=False)
+    return config.model_copy(update=changes)
+
+
+def brief(kind: str) -> RunConfig:
+    """A few synchronous versions of it."""
+    config = shortened(kind)
+    changes: dict[str, Any] = {"steps": VERSIONS, "aggregator": SyncAggregator(shards=2)}
+    return config.model_copy(update=changes)
+
+
+def accuracy(config: RunConfig, state: MetaState) -> float:
+    """On validation scripts, after adaptation."""
+    worker, shape = ShardWorker(config, open_source(config)), config.evaluation_shape
+    task = EvaluationTask("val", 0, 60, shape.way, shape.shot, 5, None, state.version)
+    return combine([worker.evaluate(state.published, task)]).steps[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine dies here; waiting for the disk is half of the time otherwise."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@every_learner
+def test_a_short_run_beats_chance_and_the_untrained_learner(kind: str, tmp_path: Path) -> None:
+    config = shortened(kind)
+    driven = drive(config, tmp_path / "run")
+    learner = ShardWorker(config, open_source(config)).learner
+    before = accuracy(config, MetaState.initial(config, learner))
+    after = accuracy(config, driven.trainer.state)
+    assert after > max(before + MARGIN, FLOOR), f"{before:.3f} before, {after:.3f} after {config.steps} versions"
+
+
+@every_learner
+def test_a_killed_run_resumes_to_the_same_bits_and_replays(kind: str, tmp_path: Path) -> None:
+    config = brief(kind)
+    whole = drive(config, tmp_path / "whole")
+    assert replayed(config, tmp_path / "whole").state.digest == whole.digest
+    replies = VERSIONS * config.shards_per_version
+    with pytest.raises(Killed):
+        drive(config, tmp_path / "run", kill_at=replies - 1)
+    assert drive(config, tmp_path / "run", resume=True).digest == whole.digest
+
+
+@every_learner
+def test_what_a_worker_did_before_changes_no_bit(kind: str) -> None:
+    config = brief(kind)
+    source, episodes = open_source(config), config.shard.episodes
+    workers = [ShardWorker(config, source, slot) for slot in (0, 1)]
+    published = MetaState.initial(config, workers[0].learner).published
+    tasks = [ShardTask(shard, shard * episodes, episodes, 0) for shard in range(3)]
+    forwards = [workers[0].compute(published, task).digest for task in tasks]
+    backwards = [workers[1].compute(published, task).digest for task in reversed(tasks)]
+    assert forwards == backwards[::-1] and len(set(forwards)) == len(tasks)
