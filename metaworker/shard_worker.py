@@ -25,6 +25,7 @@ from cluster.flat import FlatSpec, Tensors
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardStatistics, ShardTask
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context, Learner, ShardResult
+from metaworker.metadata import encode
 
 
 class ShardWorker:
@@ -148,12 +149,13 @@ def evaluate_episodes(
     ``[episode, step]`` of every episode before and after each step.
     """
 
-    def outputs(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        tasks = learner.adapt(theta, state, support_x, support_y, {})
+    def outputs(support_x: Tensor, support_y: Tensor, query_x: Tensor, metadata: Mapping[str, Tensor]) -> Tensor:
+        tasks = learner.adapt(theta, state, support_x, support_y, metadata)
         return torch.stack([learner.predict(task, query_x) for task in tasks])
 
     with torch.no_grad():
-        predicted = vmap(outputs)(episodes.support_x, episodes.support_y, episodes.query_x)
+        metadata = encode(episodes.metadata, episodes.support_x)
+        predicted = vmap(outputs)(episodes.support_x, episodes.support_y, episodes.query_x, metadata)
         targets = episodes.query_y[:, None]
         if regression:
             errors = (predicted - targets).square().mean((2, 3)).double().cpu().numpy()

@@ -69,7 +69,7 @@ class SinusoidSource:
         """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``.
 
         Inputs and targets are float32 ``[episode, shot or query, 1]``; metadata ``amplitude`` and ``phase`` (radians)
-        float64 ``[episode]``.
+        float64 ``[episode]``: its own, NaN or another one's, as configured.
 
         Raises:
             SplitError: as ``check``.
@@ -88,8 +88,19 @@ class SinusoidSource:
 
         support_x, support_y = points("sinusoid support", shot)
         query_x, query_y = points("sinusoid query", query)
-        metadata = {"amplitude": amplitude, "phase": phase}
+        metadata = self._metadata(split, ids, amplitude, phase)
         return Episodes(ids, 1, support_x, support_y, query_x, query_y, metadata)
+
+    def _metadata(
+        self, split: SplitName, ids: np.ndarray, amplitude: np.ndarray, phase: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What episodes say of themselves; nobody else's if shuffled, but as likely as somebody else's."""
+        if self._data.metadata == "hidden":
+            amplitude, phase = np.full(len(ids), np.nan), np.full(len(ids), np.nan)
+        elif self._data.metadata == "shuffled":
+            other = keys.uniforms(self._seed, "sinusoid shuffled metadata", split, ids, 2)
+            amplitude, phase = _between(self._data.amplitude, other[:, 0]), _between(self._data.phase, other[:, 1])
+        return {"amplitude": amplitude, "phase": phase}
 
 
 def _between(limits: tuple[float, float], uniform: np.ndarray) -> np.ndarray:

@@ -97,7 +97,8 @@ class Learner(Protocol):
             state: learner state of the same version.
             support_x: ``[support, *sample]``.
             support_y: labels ``[support]`` or targets ``[support, 1]``.
-            metadata: what is known of the task besides its samples; may be empty.
+            metadata: what is known of the task besides its samples, as `metaworker.metadata.encode` gives it, for this
+                one episode; may be empty.
         """
         ...
 

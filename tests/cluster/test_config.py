@@ -14,7 +14,7 @@ from cluster.config.base import Section
 from cluster.config.fields import ConfigField, all_fields, as_text, element_type, is_list, members, value_type
 from cluster.config.fields import nullable as is_nullable
 from cluster.config.help import field_groups
-from cluster.config.learners import Reptile
+from cluster.config.learners import Learner, Reptile
 from cluster.config.loading import load_recipe, load_resolved, refuse_result_changes, resolve, save_resolved
 from cluster.config.run import RunConfig
 from cluster.config.sections import AsyncAggregator, Conv4Pool, ListedSplit, MetadataSplit, StoreData
@@ -73,6 +73,7 @@ def another_value(field: ConfigField, old: Any) -> str:
     return "0.125"
 
 
+LEARNERS = [section.model_fields["type"].default for section in get_args(get_args(Learner)[0])]
 CHANGEABLE = [f for f in all_fields() if f.allowed != f.default]
 
 
@@ -270,7 +271,7 @@ def test_unknown_recipe_key_is_refused(recipe: dict[str, Any], expected: str) ->
         ("optimizer.betas", "0.9", "optimizer.betas: must have more than 1 item(s)"),
         ("optimizer.betas", "0.9,0.9,0.9", "optimizer.betas: must have at most 2 items, got [0.9, 0.9, 0.9]"),
         ("learner.first_order", "maybe", "learner.first_order: must be true or false, got 'maybe'"),
-        ("learner.type", "mamml", "learner.type: 'mamml' is none of maml, reptile, protonet; did you mean maml?"),
+        ("learner.type", "mamml", f"learner.type: 'mamml' is none of {', '.join(LEARNERS)}; did you mean maml?"),
         ("execution.pool", "loose", "execution.pool: 'loose' is none of strict, mixed"),
         ("device", "tpu", "device: 'tpu' is none of cpu, cuda, auto"),
         ("learner", "protonet", "learner: is a section, got 'protonet'; give learner.KEY, one of type, inner_lr"),
@@ -291,7 +292,7 @@ def test_impossible_override_is_refused(key: str, text: str, expected: str) -> N
         ({"name": 5}, "name: must be text, got 5"),
         ({"learner": 5}, "learner: is a section, to be set by its keys, got 5"),
         ({"episode": [5]}, "episode: is a section, to be set by its keys, got [5]"),
-        ({"learner": {"type": []}}, "learner.type: '[]' is none of maml, reptile, protonet"),
+        ({"learner": {"type": []}}, f"learner.type: '[]' is none of {', '.join(LEARNERS)}"),
         ({"model": {"type": "mlp", "hidden": 40}}, "model.hidden: must be a list, got 40"),
         ({"model": {"type": "mlp", "hidden": [40, 0]}}, "model.hidden[1]: must be >= 1, got 0"),
         (
@@ -496,7 +497,7 @@ def test_the_walk_reaches_every_model_field() -> None:
         ("optimizer.betas", "2 numbers >= 0, < 1", "[0.9, 0.999]"),
         ("data.split.train", "list of names", "required"),
         ("execution.metrics", "true | false", "true"),
-        ("learner.type", "maml | reptile | protonet", "maml"),
+        ("learner.type", " | ".join(LEARNERS), "maml"),
     ],
 )
 def test_allowed_values_in_words(path: str, allowed: str, default: str) -> None:
