@@ -8,11 +8,12 @@ so get equal vectors, similar texts similar ones.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cluster.flat import Tensors
@@ -59,3 +60,29 @@ def _text(text: str) -> np.ndarray:
         vector[digest[0] % TEXT_WIDTH] += 1.0 if digest[1] % 2 else -1.0
     length = np.linalg.norm(vector)
     return vector / length if length else vector
+
+
+def features_width(columns: Sequence[str]) -> int:
+    """Length of `task_features`."""
+    return len(columns) * (TEXT_WIDTH + 1)
+
+
+def task_features(metadata: Mapping[str, Tensor], columns: Sequence[str], like: Tensor) -> Float[Tensor, "features"]:
+    """What is known of one task as a vector: each column's value, the mean over classes where they have one, and how
+    much of it is known. A column that is missing, or that the task does not have, is zeros.
+
+    Args:
+        metadata: of one episode, as `encode` gives it.
+        columns: which to take, in this order.
+        like: gives the device and the dtype of columns that are not there.
+    """
+    parts = []
+    for name in columns:
+        if name not in metadata:
+            parts.append(like.new_zeros(TEXT_WIDTH + 1))
+            continue
+        values, known = metadata[name], metadata[name + KNOWN]
+        rows, there = values.reshape(-1, values.shape[-1]), known.reshape(-1)
+        mean = rows.sum(0) / there.sum().clamp_min(1)
+        parts += [mean, like.new_zeros(TEXT_WIDTH - len(mean)), there.mean()[None]]
+    return torch.cat(parts) if parts else like.new_zeros(0)

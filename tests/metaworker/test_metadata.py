@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
-from metaworker.metadata import TEXT_WIDTH, encode
+from metaworker.metadata import TEXT_WIDTH, encode, features_width, task_features
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 
@@ -36,3 +36,16 @@ def test_codes_are_the_same_on_every_machine() -> None:
 
 def test_counts_are_numbers_too() -> None:
     assert encode({"class_index": np.array([[3, 1]])}, LIKE)["class_index"].tolist() == [[[3.0], [1.0]]]
+
+
+def test_a_task_s_features_are_means_over_its_classes_and_say_what_is_known() -> None:
+    columns = {"alphabet": np.array([["Greek", "Lao"], ["", ""]]), "phase": np.array([2.0, np.nan])}
+    encoded = encode(columns, LIKE)
+    names = ("phase", "alphabet", "script")
+    whole, nothing = (task_features({k: v[e] for k, v in encoded.items()}, names, LIKE) for e in (0, 1))
+    assert len(whole) == features_width(names) == 3 * (TEXT_WIDTH + 1)
+    phase, alphabet, script = whole.split(TEXT_WIDTH + 1)
+    assert phase[0] == 2 and phase[-1] == 1 and not phase[1:-1].any()
+    assert_close(alphabet[:-1], encoded["alphabet"][0].mean(0))
+    assert alphabet[-1] == 1
+    assert not script.any() and not nothing.any()
