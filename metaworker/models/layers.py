@@ -60,6 +60,9 @@ def native_batch_norm(
     """PyTorch's kernel: normalised samples, and of each channel the mean and 1 / √(variance + ε), both detached."""
     # Not with channels last, though the kernel is faster so: the convolutions that follow then lose three digits
     # (float32 meta-gradients 5e-3 off instead of 1e-6, measured with torch 2.15 on a CPU with AVX-512).
+    # Of maps of 1×1 its gradient is wrong where a scale has gaps between its elements, as rows out of `vmap` may have
+    # (torch 2.15).
+    scale, shift = scale.contiguous(), shift.contiguous()
     y, mean, inverse_deviation = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, EPSILON)
     return y, mean.detach(), inverse_deviation.detach()
 

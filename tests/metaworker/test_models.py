@@ -286,3 +286,15 @@ def test_shapes_are_checked_while_tests_run() -> None:
     """What `tests/conftest.py` switches on: without it these shapes broadcast to a number that means nothing."""
     with pytest.raises(TypeCheckError):
         squared_error(torch.zeros(3, 1), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("side", [1, 4])
+def test_fused_batch_norm_takes_scales_with_gaps_between_their_elements(side: int) -> None:
+    x, aim, scale = leaf(30, 4, side, side, seed=0), leaf(30, 4, side, side, seed=1), positive(4, 2, seed=2)
+    shift = torch.zeros(4, dtype=torch.float64)
+    assert not scale[:, 0].is_contiguous()
+    found = [
+        torch.autograd.grad((fused_batch_norm(x, each, shift)[0] * aim).sum(), x)[0]
+        for each in (scale[:, 0], scale[:, 0].contiguous())
+    ]
+    close(found[0], found[1])
