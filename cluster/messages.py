@@ -105,6 +105,8 @@ class EvaluationTask:
     base_version: int
     part: int = 0
     attempt: int = 0
+    within: str | None = None
+    """Class metadata column whose value an episode's classes share."""
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,11 @@ _FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "worke
     help="Classes to draw from; test when not given, all for another store.",
 )
 @click.option("--way", type=_count, metavar="N", help="Classes an episode; the run's when not given.")
+@click.option(
+    "--within",
+    metavar="COLUMN",
+    help="Class metadata column whose value an episode's classes share, say alphabet; '' for any; else the run's.",
+)
 @click.option("--shot", type=_count, metavar="K", help="Support samples a class; the run's when not given.")
 @click.option("--query", type=_count, metavar="Q", help="Query samples a class; the run's when not given.")
 @click.option("--episodes", type=click.IntRange(min=2), metavar="E", help="Episodes; the run's when not given.")

@@ -81,6 +81,8 @@ class EvaluationOptions:
     address: str | None = None
     workers: int | None = None
     device: Literal["cpu", "cuda", "auto"] | None = None
+    within: str | None = None
+    """Class metadata column whose value an episode's classes share; empty for any classes."""
 
 
 def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:

@@ -48,7 +48,7 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
     prepare("cpu", threads=1)
     source = open_source(config)
     _check_source(identity, source, options.store)
-    source.check(request.split, request.way, request.shot, request.query)
+    source.check(request.split, request.way, request.shot, request.query, request.within)
     learner = build_learner(config, source.sample_shape)
     path, chosen = _choose(directory, options.checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
@@ -146,4 +146,5 @@ def _request(config: RunConfig, options: EvaluationOptions) -> EvaluationRequest
         query=options.query or shape.query,
         episodes=options.episodes or config.evaluation.episodes,
         batch_norm=options.bn or batch_norm,
+        within=shape.within if options.within is None else options.within or None,
     )

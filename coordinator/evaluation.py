@@ -32,20 +32,22 @@ class EvaluationRequest:
     episodes: int
     batch_norm: BatchNorm | None
     """``None`` for a net without batch-norm."""
+    within: str | None = None
+    """Class metadata column whose value an episode's classes share."""
 
     @staticmethod
     def of(config: RunConfig, split: SplitName, episodes: int) -> EvaluationRequest:
         """The configured evaluation of ``split``."""
         shape = config.evaluation_shape
-        return EvaluationRequest(split, shape.way, shape.shot, shape.query, episodes, default_batch_norm(config))
+        counts = shape.way, shape.shot, shape.query, episodes
+        return EvaluationRequest(split, *counts, default_batch_norm(config), shape.within)
 
     def orders(self, version: int) -> Iterator[EvaluationTask]:
         """The orders that cover the episodes."""
         for part, first in enumerate(range(0, self.episodes, PART)):
             count = min(PART, self.episodes - first)
-            yield EvaluationTask(
-                self.split, first, count, self.way, self.shot, self.query, self.batch_norm, version, part
-            )
+            shape = self.way, self.shot, self.query, self.batch_norm
+            yield EvaluationTask(self.split, first, count, *shape, version, part, within=self.within)
 
 
 class EvaluationCollector:

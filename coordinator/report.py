@@ -145,6 +145,7 @@ def _description(evaluation: Mapping[str, Any]) -> list[str]:
     regression = "accuracy" not in evaluation
     what = [f"{known['split']} split"] if "split" in known else []
     what += [f"{known['way']}-way"] if "way" in known and not regression else []
+    what += [f"within one {known['within']}"] if "within" in known else []
     what += [f"{known['shot']}-shot"] if "shot" in known else []
     what += [f"{known['query']} queries" + ("" if regression else " a class")] if "query" in known else []
     what += [f"{known['episodes']:,} episodes"]

@@ -141,15 +141,15 @@ def _check_shapes(config: RunConfig, source: EpisodeSource) -> None:
     """Refuse episodes that the data cannot give, before anything is started."""
     episode, evaluation = config.episode, config.evaluation_shape
     check_way(config, evaluation.way, "evaluation.way")
-    source.check("train", episode.way, episode.shot, episode.query)
+    source.check("train", episode.way, episode.shot, episode.query, episode.within)
     if config.evaluation.every:
         if source.empty("val"):
             raise SplitError(
                 "split val has no classes: give it some by data.split, or validate nothing by --evaluation.every 0"
             )
-        source.check("val", evaluation.way, evaluation.shot, evaluation.query)
+        source.check("val", evaluation.way, evaluation.shot, evaluation.query, evaluation.within)
     if not source.empty("test"):
-        source.check("test", evaluation.way, evaluation.shot, evaluation.query)
+        source.check("test", evaluation.way, evaluation.shot, evaluation.query, evaluation.within)
 
 
 def _run_path(config: RunConfig) -> Path:
@@ -203,6 +203,7 @@ def describe_evaluation(
     return scores.to_json() | {
         "split": request.split,
         "way": request.way,
+        "within": request.within,
         "shot": request.shot,
         "query": request.query,
         "bn": request.batch_norm,

@@ -66,7 +66,7 @@ class ShardWorker:
         theta, state = self._load(published)
         shape = self.config.episode
         episodes = self.source.sample(
-            "train", task.first_episode, task.episodes, shape.way, shape.shot, shape.query
+            "train", task.first_episode, task.episodes, shape.way, shape.shot, shape.query, shape.within
         ).to(self.device)
         sampled = time.perf_counter()
         result = self.learner.contribute(theta, state, episodes, Context(published.version, self.config.shard.chunk))
@@ -98,7 +98,7 @@ class ShardWorker:
         for start in range(0, task.episodes, self.config.shard.chunk):
             count = min(self.config.shard.chunk, task.episodes - start)
             episodes = self.source.sample(
-                task.split, task.first_episode + start, count, task.way, task.shot, task.query
+                task.split, task.first_episode + start, count, task.way, task.shot, task.query, task.within
             ).to(self.device)
             loss, score = evaluate_episodes(learner, theta, state, episodes, self.config.regression)
             losses.append(loss)

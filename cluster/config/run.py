@@ -135,4 +135,5 @@ class RunConfig(Section):
             way=evaluation.way or episode.way,
             shot=evaluation.shot or episode.shot,
             query=evaluation.query or episode.query,
+            within=(episode.within if evaluation.within is None else evaluation.within) or None,
         )

@@ -113,6 +113,8 @@ class EpisodeShape(Section):
     """Support samples a class."""
     query: int = Field(default=15, ge=1)
     """Query samples a class."""
+    within: str | None = None
+    """Class metadata column whose value all classes of an episode share, for instance alphabet; any classes if none."""
 
 
 class Shard(Section):
@@ -266,6 +268,8 @@ class Evaluation(Section):
     """Support samples a class; the training episode's when not given."""
     query: int | None = Field(default=None, ge=1)
     """Query samples a class; the training episode's when not given."""
+    within: str | None = None
+    """As episode.within; the training episode's when not given, any classes when empty."""
     episodes: int = Field(default=600, ge=2)
     """Episodes of the evaluation at the end and of `metafleet evaluate`."""
     every: int = Field(default=500, ge=0)

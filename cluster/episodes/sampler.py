@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cluster import keys
 from cluster.config.sections import FractionSplit, ListedSplit, MetadataSplit
+from cluster.episodes.groups import Groups
 from cluster.episodes.splits import ClassSplits, resolve
 from cluster.episodes.types import Episodes
 from cluster.errors import SplitError
@@ -90,6 +91,7 @@ class StoreSource:
         self._rotations = rotations
         self._splits: ClassSplits = resolve(split, store.classes, store.class_metadata)
         self._smallest = {name: _smallest(store.class_count, self._splits[name]) for name in get_args(SplitName)}
+        self._grouped: dict[tuple[SplitName, str], Groups] = {}
         self._columns = {name: np.array(column) for name, column in store.class_metadata.items()}
         if reserved := self._columns.keys() & {"class_index", "class_turns"}:
             raise SplitError(f"class metadata column {min(reserved)!r} has a reserved name; rename it in the store")
@@ -123,11 +125,12 @@ class StoreSource:
         """Whether a split has no classes."""
         return len(self._splits[split]) == 0
 
-    def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
+    def check(self, split: SplitName, way: int, shot: int, query: int, within: str | None = None) -> None:
         """Refuse episodes that the store cannot give.
 
         Raises:
-            SplitError: more classes than the split has, more samples than its smallest class has, or counts below 1.
+            SplitError: more classes than the split (or any group) has, more samples than its smallest class has, counts
+                below 1, or no such column.
         """
         if min(way, shot, query) < 1:
             raise SplitError(f"way {way}, shot {shot}, query {query}: all must be at least 1")
@@ -137,6 +140,8 @@ class StoreSource:
         if way > available:
             turned = " (rotations included)" if self._turns(split) > 1 else ""
             raise SplitError(f"way {way} is more than the {available} classes of split {split}{turned}; lower way")
+        if within is not None:
+            self._groups(split, within).at_least(way)
         smallest = self._smallest[split]
         if shot + query > self._store.class_count[smallest]:
             raise SplitError(
@@ -144,8 +149,19 @@ class StoreSource:
                 f"{self._store.classes[smallest]!r}, the smallest of split {split}; lower shot or query"
             )
 
-    def sample(self, split: SplitName, first_episode: int, episodes: int, way: int, shot: int, query: int) -> Episodes:
+    def sample(
+        self,
+        split: SplitName,
+        first_episode: int,
+        episodes: int,
+        way: int,
+        shot: int,
+        query: int,
+        within: str | None = None,
+    ) -> Episodes:
         """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``.
+
+        With ``within``, a group is drawn first, of those with enough classes, and with rotations one turn for all.
 
         Metadata, each ``[episode, way]``: the store's class columns; ``class_index``, the class's index in the store;
         ``class_turns``, its counter-clockwise quarter turns (0 outside split train).
@@ -153,9 +169,9 @@ class StoreSource:
         Raises:
             SplitError: as ``check``.
         """
-        self.check(split, way, shot, query)
+        self.check(split, way, shot, query, within)
         ids = np.arange(first_episode, first_episode + episodes, dtype=np.int64)
-        classes, turns = self._draw_classes(split, ids, way)
+        classes, turns = self._draw_classes(split, ids, way) if within is None else self._draw(split, ids, way, within)
         drawn = keys.lane_words(self._seed, "samples", split, ids, way, shot + query)
         rows = keys.choose(drawn, self._store.class_count[classes]) + self._store.class_start[classes][..., None]
         support, queries = self._gather(rows, turns, shot)
@@ -179,6 +195,23 @@ class StoreSource:
         rows, turns = self._splits[split], self._turns(split)
         picks = keys.choose(keys.words(self._seed, "classes", split, ids, way), len(rows) * turns)
         return rows[picks // turns], picks % turns
+
+    def _draw(self, split: SplitName, ids: np.ndarray, way: int, within: str) -> tuple[np.ndarray, np.ndarray]:
+        """As ``_draw_classes``, all classes of an episode from one group."""
+        groups, turns = self._groups(split, within), self._turns(split)
+        able = groups.at_least(way)
+        drawn = keys.choose(keys.words(self._seed, "groups", split, ids, 1), len(able) * turns)[:, 0]
+        group = able[drawn // turns]
+        picks = keys.choose(keys.words(self._seed, "classes", split, ids, way), groups.count[group])
+        return groups.classes[groups.start[group][:, None] + picks], np.repeat((drawn % turns)[:, None], way, 1)
+
+    def _groups(self, split: SplitName, column: str) -> Groups:
+        if column not in self._columns:
+            known = ", ".join(self._columns) or "none"
+            raise SplitError(f"within {column}: no class metadata column has that name; there are: {known}")
+        if (split, column) not in self._grouped:
+            self._grouped[split, column] = Groups.of(column, self._columns[column], self._splits[split])
+        return self._grouped[split, column]
 
     def _gather(self, rows: np.ndarray, turns: np.ndarray, shot: int) -> tuple[Tensor, Tensor]:
         """Samples at ``rows`` (``[episode, way, shot + query]``) as support and query tensors, class by class."""

@@ -54,18 +54,29 @@ class SinusoidSource:
         """No split is."""
         return False
 
-    def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
+    def check(self, split: SplitName, way: int, shot: int, query: int, within: str | None = None) -> None:
         """Refuse episodes with classes.
 
         Raises:
-            SplitError: ``way`` is not 1, or ``shot`` or ``query`` is below 1.
+            SplitError: ``way`` is not 1, ``shot`` or ``query`` is below 1, or there is a ``within``.
         """
+        if within is not None:
+            raise SplitError(f"within {within}: sinusoid episodes have no classes to group; leave it out")
         if way != 1:
             raise SplitError(f"way {way}: sinusoid episodes are regression and have no classes; set way to 1")
         if shot < 1 or query < 1:
             raise SplitError(f"shot {shot}, query {query}: both must be at least 1")
 
-    def sample(self, split: SplitName, first_episode: int, episodes: int, way: int, shot: int, query: int) -> Episodes:
+    def sample(
+        self,
+        split: SplitName,
+        first_episode: int,
+        episodes: int,
+        way: int,
+        shot: int,
+        query: int,
+        within: str | None = None,
+    ) -> Episodes:
         """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``.
 
         Inputs and targets are float32 ``[episode, shot or query, 1]``; metadata ``amplitude`` and ``phase`` (radians)
@@ -74,7 +85,7 @@ class SinusoidSource:
         Raises:
             SplitError: as ``check``.
         """
-        self.check(split, way, shot, query)
+        self.check(split, way, shot, query, within)
         ids = np.arange(first_episode, first_episode + episodes, dtype=np.int64)
         task = keys.uniforms(self._seed, "sinusoid task", split, ids, 2)
         amplitude = _between(self._data.amplitude, task[:, 0])

@@ -87,14 +87,27 @@ class EpisodeSource(Protocol):
         """Whether a split has nothing to make episodes of."""
         ...
 
-    def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
+    def check(self, split: SplitName, way: int, shot: int, query: int, within: str | None = None) -> None:
         """Refuse episodes that this source cannot give.
 
         Raises:
-            SplitError: more classes than the split has, or more samples than its smallest class has.
+            SplitError: more classes than the split (or any of its groups) has, more samples than its smallest class
+                has, or no such column.
         """
         ...
 
-    def sample(self, split: SplitName, first_episode: int, episodes: int, way: int, shot: int, query: int) -> Episodes:
-        """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``."""
+    def sample(
+        self,
+        split: SplitName,
+        first_episode: int,
+        episodes: int,
+        way: int,
+        shot: int,
+        query: int,
+        within: str | None = None,
+    ) -> Episodes:
+        """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``.
+
+        All classes of an episode share their value of the class metadata column ``within``, where one is given.
+        """
         ...

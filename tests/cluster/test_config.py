@@ -69,7 +69,7 @@ def another_value(field: ConfigField, old: Any) -> str:
         return "auto" if field.path.endswith("address") else "other"
     if annotation is int:
         most = next((bound.le for bound in field.info.metadata if hasattr(bound, "le")), None)
-        return str((old or 0) + 1 if old is None or old != most else old - 1)
+        return str(old - 1 if old and old == most else 2 * (old or 0) or 1)
     return "0.125"
 
 
