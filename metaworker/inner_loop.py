@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ InnerGradient = Callable[[Mapping[str, Tensor]], Tensors]
 """The gradient of the task's loss at given parameters, named and shaped as they are."""
 
 ADAM_BETA2, ADAM_EPSILON = 0.999, 1e-8
+
+
+Rates = Mapping[str, Tensor | float]
+"""Step sizes by parameter: a number, or a tensor of one for all or one for each of its elements."""
 
 
 def gradient_descent(
@@ -27,13 +31,54 @@ def gradient_descent(
         steps: how many steps, at least 0.
         first_order: whether gradients are constants in an outer differentiation; no graph is kept for them then.
     """
+    return rated_descent([gradient] * steps, theta, [dict.fromkeys(theta, step_size)] * steps, first_order)
+
+
+def rated_descent(
+    gradients: Sequence[InnerGradient], theta: Mapping[str, Tensor], rates: Sequence[Rates], first_order: bool
+) -> list[Tensors]:
+    """``θ(t+1) = θ(t) − α(t) ∘ ∇loss(t)(θ(t))``: the parameters before and after each step.
+
+    Args:
+        gradients: ∇loss of each step.
+        theta: where to start.
+        rates: α of each step.
+        first_order: as in `gradient_descent`. The rates are differentiated all the same.
+    """
     trajectory: list[Tensors] = [dict(theta)]
-    for _ in range(steps):
+    for gradient, rate in zip(gradients, rates, strict=True):
         here = trajectory[-1]
         point = {name: tensor.detach() for name, tensor in here.items()} if first_order else here
         found = gradient(point)
-        trajectory.append({name: here[name] - step_size * found[name] for name in here})
+        if first_order:
+            found = {name: tensor.detach() for name, tensor in found.items()}
+        trajectory.append({name: here[name] - rate[name] * found[name] for name in here})
     return trajectory
+
+
+def proximal_descent(
+    gradient: InnerGradient, theta: Mapping[str, Tensor], step_size: float, steps: int, strength: float
+) -> Iterator[Tensors]:
+    """Gradient descent on ``loss(φ) + λ/2 ‖φ − θ‖²`` from θ: the parameters before and after each step, one by one.
+
+    Nothing is kept for an outer differentiation, and no step but the last.
+
+    Args:
+        gradient: ∇loss.
+        theta: where to start, and what φ is held to.
+        step_size: α.
+        steps: how many steps, at least 0.
+        strength: λ.
+    """
+    anchor = {name: tensor.detach() for name, tensor in theta.items()}
+    here = anchor
+    yield here
+    for _ in range(steps):
+        found = gradient(here)
+        here = {
+            name: at - step_size * (found[name].detach() + strength * (at - anchor[name])) for name, at in here.items()
+        }
+        yield here
 
 
 def minibatch_descent(

@@ -6,13 +6,32 @@ from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.config.sections import BatchNorm
 from cluster.errors import ConfigError
+from metaworker.learners.anil import ANIL
+from metaworker.learners.attention import attention_head
 from metaworker.learners.base import Learner
-from metaworker.learners.embedding import EmbeddingLearner
+from metaworker.learners.embedding import EmbeddingLearner, Head
+from metaworker.learners.episodic import EpisodicMemory
+from metaworker.learners.gradient_based import Network
+from metaworker.learners.imaml import IMAML
+from metaworker.learners.lstm_optimizer import CellRule, HiddenRule, LSTMOptimizer
 from metaworker.learners.maml import MAML
+from metaworker.learners.mamlpp import MAMLpp
+from metaworker.learners.mann import MemoryAugmented
+from metaworker.learners.matching import CosineAttention, FullContext
+from metaworker.learners.memory import Memory
+from metaworker.learners.metadata_maml import MetadataMAML
+from metaworker.learners.metasgd import MetaSGD
 from metaworker.learners.objective import CLASSIFICATION, REGRESSION
 from metaworker.learners.protonet import Prototypes
+from metaworker.learners.relation import RelationModule, map_to_compare
+from metaworker.learners.relational import RecurrentRelational
 from metaworker.learners.reptile import Reptile
+from metaworker.learners.ridge import RidgeRegression
+from metaworker.learners.siamese import WeightedL1
+from metaworker.learners.snail import SNAIL
+from metaworker.learners.triplet import NearestNeighbour
 from metaworker.models import build_backbone
+from metaworker.models.base import Backbone
 
 
 def default_batch_norm(config: RunConfig) -> BatchNorm | None:
@@ -53,10 +72,31 @@ def build_learner(
     mode = batch_norm or default_batch_norm(config) or "transductive"
     objective = REGRESSION if config.regression else CLASSIFICATION
     outputs = 1 if config.regression else way
+
+    def network() -> Network:
+        return Network(build_backbone(config.model, sample_shape, outputs), objective, mode)
+
+    def encoder() -> Backbone:
+        return build_backbone(config.model, sample_shape, None)
+
+    def embedding(backbone: Backbone, head: Head) -> EmbeddingLearner:
+        return EmbeddingLearner(backbone, head, mode, config.seed)
+
     match config.learner:
         case learners.MAML() as c:
+            return MAML(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
+        case learners.ANIL() as c:
+            return ANIL(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
+        case learners.MetaSGD() as c:
+            return MetaSGD(network(), c.inner_lr, c.inner_steps, c.eval_steps)
+        case learners.MAMLpp() as c:
+            return MAMLpp(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.anneal_versions, c.first_order_versions)
+        case learners.IMAML() as c:
+            return IMAML(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.proximal_strength, c.cg_steps)
+        case learners.LSTMOptimizer() as c:
             backbone = build_backbone(config.model, sample_shape, outputs)
-            return MAML(backbone, objective, mode, c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
+            rule = (CellRule if c.form == "cell" else HiddenRule)(c.hidden, c.initial_step)
+            return LSTMOptimizer(backbone, objective, mode, rule, c.inner_steps, c.eval_steps, c.first_order)
         case learners.Reptile() as c:
             backbone = build_backbone(config.model, sample_shape, outputs)
             adam = c.inner_optimizer == "adam"
@@ -72,7 +112,39 @@ def build_learner(
                 adam,
                 config.seed,
             )
+        case learners.MetadataMAML() as c:
+            return MetadataMAML(network(), c.columns, c.width, c.inner_lr, c.inner_steps, c.eval_steps)
+        case learners.EpisodicMemory() as c:
+            return EpisodicMemory(encoder(), mode, way, c.columns, c.capacity, c.key_width, c.use_bank)
         case learners.ProtoNet():
-            return EmbeddingLearner(
-                build_backbone(config.model, sample_shape, None), Prototypes(way), mode, config.seed
-            )
+            return embedding(encoder(), Prototypes(way))
+        case learners.Matching() as c:
+            e = encoder()
+            context = FullContext(e.output_size, c.reads) if c.full_context else None
+            return embedding(e, CosineAttention(way, c.scale, context))
+        case learners.Siamese() as c:
+            e = encoder()
+            return embedding(e, WeightedL1(way, e.output_size, c.units))
+        case learners.Triplet() as c:
+            return embedding(encoder(), NearestNeighbour(way, c.margin, c.normalise, c.mining))
+        case learners.Relation() as c:
+            e = encoder()
+            return embedding(e, RelationModule(way, map_to_compare(config.model, e), c.channels))
+        case learners.Ridge() as c:
+            return embedding(encoder(), RidgeRegression(way, c.regularisation, c.scale))
+        case learners.AttentionLearner() as c:
+            e = encoder()
+            return embedding(e, attention_head(c, e, way))
+        case learners.SNAIL() as c:
+            e = encoder()
+            return embedding(e, SNAIL(way, e.output_size, config.episode.way * config.episode.shot + 1, c.filters))
+        case learners.InternalMemory() as c:
+            e = encoder()
+            return embedding(e, Memory(way, e.output_size, c.slots, c.width, c.heads, c.init == "random", c.ablate))
+        case learners.MANN() as c:
+            e = encoder()
+            memory = c.controller, c.slots, c.width, c.reads, c.usage_decay, c.strength
+            return embedding(e, MemoryAugmented(way, e.output_size, *memory))
+        case learners.Relational() as c:
+            e = encoder()
+            return embedding(e, RecurrentRelational(way, e.output_size, c.hidden, c.message_steps))

@@ -27,6 +27,7 @@ from metaworker.learners.normalisation import commit_running_statistics, given_s
 from metaworker.learners.objective import CLASSIFICATION
 from metaworker.learners.vectorise import Score, differentiate
 from metaworker.models.base import Backbone, Initialiser
+from metaworker.models.layers import EPSILON
 
 PREFIX = "head/"
 """Of the names of a head's parameters within θ."""
@@ -138,10 +139,17 @@ class EmbeddingLearner:
 
     def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Float[Tensor, "query way"]:
         """The head's logits."""
+        parameters, support, query = self.embed(task, query_x)
+        return self.head.logits(parameters, support, task["support_y"], query)
+
+    def embed(
+        self, task: Task, query_x: Float[Tensor, "query *sample"]
+    ) -> tuple[Tensors, Float[Tensor, "support embedding"], Float[Tensor, "query embedding"]]:
+        """What the head is given: its parameters, and the embeddings of the support set and of queries."""
         x = torch.cat([task["support_x"], query_x])
         embedded, _ = self.backbone(task["parameters"], x, task["statistics"])
         shots = len(task["support_y"])
-        return self.head.logits(_own(task["parameters"]), embedded[:shots], task["support_y"], embedded[shots:])
+        return _own(task["parameters"]), embedded[:shots], embedded[shots:]
 
     def contribute(
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
@@ -187,6 +195,19 @@ class EmbeddingLearner:
 def members(labels: Int[Tensor, "sample"], way: int, dtype: torch.dtype) -> Float[Tensor, "way sample"]:
     """Which samples are of which class: 1 or 0."""
     return (labels[None, :] == torch.arange(way, device=labels.device)[:, None]).to(dtype)
+
+
+def by_class(
+    scores: Float[Tensor, "query support"], labels: Int[Tensor, "support"], way: int
+) -> Float[Tensor, "query way support"]:
+    """The scores of each class's own samples; those of other classes are as low as numbers go."""
+    other = labels[None, :] != torch.arange(way, device=labels.device)[:, None]
+    return scores[:, None, :].masked_fill(other[None], torch.finfo(scores.dtype).min)
+
+
+def unit_length(x: Float[Tensor, "sample embedding"]) -> Float[Tensor, "sample embedding"]:
+    """Each sample's embedding over its length; ε keeps the gradient of an embedding of zeros finite."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
 
 
 def _own(theta: Mapping[str, Tensor]) -> Tensors:

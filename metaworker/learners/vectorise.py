@@ -13,8 +13,8 @@ from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from metaworker.learners.base import ShardResult
 
-Adapt = Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensors]
-"""One episode: (θ, support x, support y) -> adapted parameters."""
+Adapt = Callable[..., Tensors]
+"""One episode: (θ, support x, support y[, extra]) -> adapted parameters."""
 
 Score = Callable[..., tuple[Float[Tensor, ""], Float[Tensor, ""], Tensors]]
 """One episode: (parameters, support x, support y, query x, query y[, extra]) -> (query loss, metric, proposals)."""
@@ -44,7 +44,7 @@ def differentiate(
         score: the query loss of one episode, given its adapted parameters.
         adapt: how one episode adapts θ; not at all when not given.
         looped_score: ``score`` by kernels that are faster but work outside ``vmap`` only.
-        extra: what ``score`` takes besides, ``[episode, …]``.
+        extra: what ``adapt``, or ``score`` where there is no ``adapt``, takes besides, ``[episode, …]``.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
     loop = looped_score if episodes.query_x.shape[1] >= LOOPED_FROM and not episodes.query_x.is_cuda else None
@@ -52,9 +52,14 @@ def differentiate(
     losses, metrics, proposals = [], [], []
     for start in range(0, len(episodes), chunk):
         part = episodes.chunk(start, start + chunk)
-        adapted = vmap(adapt, in_dims=(None, 0, 0))(leaves, part.support_x, part.support_y) if adapt else None
+        besides = () if extra is None else (extra[start : start + chunk],)
         data: tuple[Tensor, ...] = (part.support_x, part.support_y, part.query_x, part.query_y)
-        data = data if extra is None else (*data, extra[start : start + chunk])
+        adapted = None
+        if adapt is None:
+            data = (*data, *besides)
+        else:
+            inputs = (part.support_x, part.support_y, *besides)
+            adapted = vmap(adapt, in_dims=(None, *(0 for _ in inputs)))(leaves, *inputs)
         if loop is None:
             dims = (None if adapted is None else 0, *(0 for _ in data))
             values, scores, proposed = vmap(score, in_dims=dims)(leaves if adapted is None else adapted, *data)

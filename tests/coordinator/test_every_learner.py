@@ -26,7 +26,7 @@ from tests.coordinator.harness import Killed, drive, replayed
 TYPES = [section.model_fields["type"].default for section in get_args(get_args(learners.Learner)[0])]
 EPISODES = 480
 """Training episodes of a shortened run."""
-MORE: dict[str, int] = {}
+MORE = {"snail": 1920, "memory": 1440, "relational": 1920}
 """Those of learners that begin to learn later, by ``type``."""
 CHANNELS = 12
 VERSIONS = 5

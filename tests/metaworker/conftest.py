@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def pictures() -> Callable[..., Episodes]:
     """Episodes of one-channel pictures: a pattern for each class of each episode, with noise."""
 
     def draw(
-        episodes: int, way: int = 5, shot: int = 1, query: int = 3, noise: float = 0.7, side: int = SIDE
+        episodes: int, way: int = 5, shot: int = 1, query: int = 3, noise: float = 0.7, side: int = SIDE, seed: int = 0
     ) -> Episodes:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         patterns = torch.randn(episodes, way, 1, 1, side, side, generator=generator, dtype=torch.float64)
 
         def samples(count: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,13 @@ def perturbed() -> Callable[[Learner], tuple[Tensors, Tensors]]:
 @pytest.fixture(scope="session")
 def plain_net() -> Callable[[sections.Model], PlainNet]:
     """The forward pass of a configured model by ``torch.nn.functional``, from the papers and the parameters' names."""
-    return lambda model: {"conv4_strided": _strided, "conv4_pool": _pooled, "mlp": _mlp}[model.type]
+
+    def net(model: sections.Model) -> PlainNet:
+        if isinstance(model, sections.Conv4Pool):
+            return partial(_pooled, pools=model.pools)
+        return _mlp if isinstance(model, sections.MLP) else _strided
+
+    return net
 
 
 def _strided(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None):
@@ -92,13 +99,15 @@ def _strided(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[st
     return _head(parameters, F.adaptive_avg_pool2d(x, 1).flatten(1)), seen
 
 
-def _pooled(parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None):
+def _pooled(
+    parameters: Mapping[str, Tensor], x: Tensor, statistics: Mapping[str, Tensor] | None = None, pools: int = 4
+):
     seen: dict[str, Tensor] = {}
     for block in range(4):
         x = F.conv2d(x, parameters[f"conv.{block}"], padding=1)
         x = F.relu(_batch_norm(parameters, x, block, statistics, seen))
         # The 12 × 12 pictures of these tests are 1 × 1 behind the third pool.
-        x = F.max_pool2d(x, 2) if block < 3 else x
+        x = F.max_pool2d(x, 2) if block < min(pools, 3) else x
     return _head(parameters, x.flatten(1)), seen
 
 

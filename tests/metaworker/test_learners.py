@@ -7,6 +7,7 @@ every kind of model and episode that its configuration allows. `VARIANTS` adds o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 from cluster.config import base, learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
+from cluster.errors import ConfigError
 from cluster.flat import FlatSpec, Tensors
 from metaworker.learners import build_learner, default_batch_norm
 from metaworker.learners.base import Context, GradientKind, Learner, ShardResult
@@ -29,8 +31,31 @@ from metaworker.shard_worker import evaluate_episodes
 WAY = 5
 REGISTERED: tuple[type[base.Section], ...] = get_args(get_args(learners.Learner)[0])
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "memory": [{"init": "zero", "slots": 3, "heads": 1}],
+    "mann": [{"slots": 30, "reads": 2, "strength": 4.0}],
+    "relational": [{"message_steps": 1}],
+    "matching": [{"full_context": True}, {"full_context": True, "reads": 1}],
+    "triplet": [{"mining": "hard"}, {"margin": 0.3, "normalise": True}],
     "maml": [{"inner_lr": 0.05, "inner_steps": 3, "eval_steps": 2}, {"inner_lr": 0.05, "first_order": True}],
+    "anil": [{"inner_steps": 2, "first_order": True}],
+    "metasgd": [{"inner_lr": 0.05, "inner_steps": 2, "eval_steps": 3}],
+    "mamlpp": [
+        {"anneal_versions": 0},
+        {"inner_lr": 0.05, "inner_steps": 2, "eval_steps": 4, "first_order_versions": 1},
+    ],
+    "imaml": [{"inner_steps": 3, "cg_steps": 2, "eval_steps": 2}],
+    "lstm": [
+        {"form": "hidden", "inner_steps": 2},
+        {"inner_steps": 2, "first_order": False},
+        {"form": "hidden", "inner_steps": 2, "first_order": False},
+    ],
     "reptile": [{"inner_optimizer": "sgd", "inner_lr": 0.05, "inner_batch": 7, "eval_steps": 3}],
+    "attention": [
+        {"kind": "additive", "self_attention": False},
+        {"kind": "dot"},
+        {"hard": True, "heads": 2},
+        {"spatial": True},
+    ],
 }
 """Options to test beside the defaults, by ``type``."""
 MODELS: list[sections.Model] = [
@@ -40,6 +65,14 @@ MODELS: list[sections.Model] = [
     sections.Conv4Pool(channels=4),
     sections.MLP(hidden=(8,)),
 ]
+MAPS: list[sections.Model] = [
+    sections.Conv4Pool(channels=4, pools=2),
+    sections.Conv4Pool(channels=4, pools=2, batch_norm="support"),
+    sections.Conv4Pool(channels=4, pools=2, batch_norm="running"),
+]
+"""For learners that compare maps and refuse every other model."""
+TRAINED_FIRST: dict[str, int] = {"imaml": 20, "lstm": 5, "relation": 60, "relational": 400}
+"""Outer steps to take before asking what a learner tells apart, by ``type``: where θ itself learns to compare."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +95,26 @@ class Case:
         return build_learner(self.config, (1,) if self.config.regression else (1, 12, 12))
 
 
+def suited(learner: learners.Learner, models: list[sections.Model], shape: tuple[int, ...]) -> list[sections.Model]:
+    """The models that the learner does not refuse."""
+    found = []
+    for model in models:
+        with suppress(ConfigError):
+            build_learner(RunConfig(learner=learner, model=model), shape)
+            found.append(model)
+    return found
+
+
 def cases() -> list[Case]:
-    """Every registered learner on every model, its variants on the first; regression too where it is not refused."""
+    """Every registered learner on every model that suits it, its variants on the first; regression too, if it may."""
     found = []
     for section in REGISTERED:
         kind = section.model_fields["type"].default
         for options in [{}, *VARIANTS.get(kind, [])]:
             learner = section(**options)
-            found += [Case(RunConfig(learner=learner, model=model)) for model in (MODELS[:1] if options else MODELS)]
+            models = suited(learner, MODELS, (1, 12, 12)) or suited(learner, MAPS, (1, 12, 12))
+            assert models, f"{kind} refuses every model"
+            found += [Case(RunConfig(learner=learner, model=model)) for model in (models[:1] if options else models)]
             try:
                 shape = sections.EpisodeShape(way=1, shot=6, query=9)
                 data = sections.SinusoidData()
@@ -230,10 +275,12 @@ def test_exact_gradient_is_that_of_finite_differences(case: Case, draw: Any, per
         assert_close((loss(step) - loss(-step)) / (2 * step), slope, rtol=1e-5, atol=1e-7)
 
 
+WIDE_MODELS: list[sections.Model] = [sections.Conv4Strided(channels=32), sections.Conv4Pool(channels=32)]
+WIDE_MAPS: list[sections.Model] = [sections.Conv4Pool(channels=32, pools=2)]
 WIDE = [
-    RunConfig(learner=section(), model=model(channels=32))
+    RunConfig(learner=section(), model=model)
     for section in REGISTERED
-    for model in (sections.Conv4Strided, sections.Conv4Pool)
+    for model in suited(section(), WIDE_MODELS, (1, 28, 28)) or suited(section(), WIDE_MAPS, (1, 28, 28))
 ]
 
 
@@ -332,14 +379,31 @@ def test_naming_of_classes_matters_where_the_learner_says_so(case: Case, draw: A
 @pytest.mark.parametrize("case", [c for c in CASES if not c.config.regression], ids=str)
 def test_adaptation_learns_the_names_of_the_classes(case: Case, pictures: Draw) -> None:
     learner, episodes = case.learner(), pictures(30, shot=5, noise=0.3).to(torch.device("cpu"))
-    loss, confusion = evaluate_episodes(
-        learner, learner.meta_parameters(0), learner.initial_state(), episodes, regression=False
-    )
+    at = trained(learner, TRAINED_FIRST.get(case.config.learner.type, 0), pictures)
+    loss, confusion = evaluate_episodes(learner, *at, episodes, regression=False)
     accuracy = confusion.trace(axis1=2, axis2=3).mean(0) / confusion[0, 0].sum()
     assert accuracy[-1] > 1.4 / WAY
     if len(accuracy) > 1:
         assert abs(accuracy[0] - 1 / WAY) < 0.08, "before adaptation no model can know which class is which"
         assert loss[:, -1].mean() < loss[:, 0].mean()
+
+
+def trained(learner: Learner, steps: int, pictures: Draw) -> Point:
+    """Parameters and state after outer steps of Adam on other episodes."""
+    theta, state = learner.meta_parameters(0), learner.initial_state()
+    pool = pictures(4 * steps, shot=1, query=3, noise=0.3, seed=1).to(torch.device("cpu")) if steps else None
+    adam = torch.optim.Adam(list(theta.values()), lr=3e-3)
+    for step in range(steps):
+        assert pool is not None
+        result = contribution(learner, (theta, state), pool.chunk(4 * step, 4 * step + 4), chunk=4)
+        for name, tensor in theta.items():
+            tensor.grad = result.gradient[name] / 4
+        adam.step()
+        state = {
+            name: torch.from_numpy(rows)
+            for name, rows in learner.commit_state(arrays(state), [arrays(result.proposals)]).items()
+        }
+    return theta, state
 
 
 # -------------------------------------------------------------------------------------------------------- learner state
@@ -379,7 +443,8 @@ def test_running_averages_are_read_by_evaluation_in_running_mode_alone(
 ) -> None:
     learner, episodes = case.learner(), draw(case, 1)
     theta, state = perturbed(learner)
-    points = [(theta, state), (theta, {name: 1.5 * tensor for name, tensor in state.items()})]
+    averages = [name for name in state if name.startswith(("mean.", "variance."))]
+    points = [(theta, state), (theta, state | {name: 1.5 * state[name] for name in averages})]
     outputs = [outputs_of(learner, at, episodes)[-1] for at in points]
     assert torch.equal(*outputs) == (default_batch_norm(case.config) != "running")
     losses = [contribution(learner, at, episodes, chunk=1).loss for at in points]

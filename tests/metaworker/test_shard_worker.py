@@ -46,7 +46,16 @@ class PictureSource:
     def check(self, split: SplitName, way: int, shot: int, query: int) -> None:
         assert split in ("train", "val", "test", "all") and min(way, shot, query) >= 1
 
-    def sample(self, split: SplitName, first_episode: int, episodes: int, way: int, shot: int, query: int) -> Episodes:
+    def sample(
+        self,
+        split: SplitName,
+        first_episode: int,
+        episodes: int,
+        way: int,
+        shot: int,
+        query: int,
+        within: str | None = None,
+    ) -> Episodes:
         self.check(split, way, shot, query)
         assert first_episode >= 0 and episodes >= 1
         ids = np.arange(first_episode, first_episode + episodes)
