@@ -23,7 +23,8 @@ train: $(INSTALLED) ## meta-train MAML on the embedded glyphs, on all local core
 	@$(BIN)/metafleet train
 
 test: $(INSTALLED) ## run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/system
+	@$(BIN)/python -m pytest tests/system
 
 lint: $(INSTALLED) ## style, types and import layers
 	@$(BIN)/ruff check .
