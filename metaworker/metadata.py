@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 
 TEXT_WIDTH = 32
@@ -60,6 +61,13 @@ def _text(text: str) -> np.ndarray:
         vector[digest[0] % TEXT_WIDTH] += 1.0 if digest[1] % 2 else -1.0
     length = np.linalg.norm(vector)
     return vector / length if length else vector
+
+
+def episode_features(episodes: Episodes, columns: Sequence[str]) -> Float[Tensor, "episode features"]:
+    """The `task_features` of each episode."""
+    metadata = encode(episodes.metadata, episodes.support_x)
+    each = ({name: rows[e] for name, rows in metadata.items()} for e in range(len(episodes)))
+    return torch.stack([task_features(one, columns, episodes.support_x) for one in each])
 
 
 def features_width(columns: Sequence[str]) -> int:

@@ -35,7 +35,8 @@ def test_a_learner_added_by_the_page_passes_what_every_learner_has_to(tmp_path: 
     edit(sections, "\n\nLearner = ", f"\n\n{section}\n\nLearner = ")
     edit(sections, "    MAML\n", "    MAML\n    | Cosine\n")
     (tmp_path / "metaworker/learners/cosine.py").write_text(algorithm, "utf-8")
-    edit(registry, "    match config.learner:\n", f"    match config.learner:\n{case}")
+    first = "    size = encoder.output_size\n    match config.learner:\n"
+    edit(registry, first, first + case)
     after = "\nfrom metaworker.learners.embedding"
     edit(registry, after, f"\nfrom metaworker.learners.cosine import CosineMeans{after}")
     (tmp_path / "cluster/recipes/glyphs-cosine.toml").write_text(recipe, "utf-8")

@@ -73,78 +73,63 @@ def build_learner(
     objective = REGRESSION if config.regression else CLASSIFICATION
     outputs = 1 if config.regression else way
 
-    def network() -> Network:
-        return Network(build_backbone(config.model, sample_shape, outputs), objective, mode)
-
-    def encoder() -> Backbone:
-        return build_backbone(config.model, sample_shape, None)
-
-    def embedding(backbone: Backbone, head: Head) -> EmbeddingLearner:
-        return EmbeddingLearner(backbone, head, mode, config.seed)
-
+    network = Network(build_backbone(config.model, sample_shape, outputs), objective, mode)
+    encoder = build_backbone(config.model, sample_shape, None)
+    head = _head(config, encoder, way)
+    if head is not None:
+        return EmbeddingLearner(encoder, head, mode, config.seed)
     match config.learner:
         case learners.MAML() as c:
-            return MAML(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
+            return MAML(network, c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
         case learners.ANIL() as c:
-            return ANIL(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
+            return ANIL(network, c.inner_lr, c.inner_steps, c.eval_steps, c.first_order)
         case learners.MetaSGD() as c:
-            return MetaSGD(network(), c.inner_lr, c.inner_steps, c.eval_steps)
+            return MetaSGD(network, c.inner_lr, c.inner_steps, c.eval_steps)
         case learners.MAMLpp() as c:
-            return MAMLpp(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.anneal_versions, c.first_order_versions)
+            return MAMLpp(network, c.inner_lr, c.inner_steps, c.eval_steps, c.anneal_versions, c.first_order_versions)
         case learners.IMAML() as c:
-            return IMAML(network(), c.inner_lr, c.inner_steps, c.eval_steps, c.proximal_strength, c.cg_steps)
+            return IMAML(network, c.inner_lr, c.inner_steps, c.eval_steps, c.proximal_strength, c.cg_steps)
         case learners.LSTMOptimizer() as c:
-            backbone = build_backbone(config.model, sample_shape, outputs)
             rule = (CellRule if c.form == "cell" else HiddenRule)(c.hidden, c.initial_step)
-            return LSTMOptimizer(backbone, objective, mode, rule, c.inner_steps, c.eval_steps, c.first_order)
+            return LSTMOptimizer(network, rule, c.inner_steps, c.eval_steps, c.first_order)
         case learners.Reptile() as c:
-            backbone = build_backbone(config.model, sample_shape, outputs)
-            adam = c.inner_optimizer == "adam"
-            return Reptile(
-                backbone,
-                objective,
-                mode,
-                c.inner_lr,
-                c.inner_steps,
-                c.eval_steps,
-                c.inner_batch,
-                c.eval_inner_batch,
-                adam,
-                config.seed,
-            )
+            steps, batches = (c.inner_steps, c.eval_steps), (c.inner_batch, c.eval_inner_batch)
+            return Reptile(network, c.inner_lr, *steps, *batches, c.inner_optimizer == "adam", config.seed)
         case learners.MetadataMAML() as c:
-            return MetadataMAML(network(), c.columns, c.width, c.inner_lr, c.inner_steps, c.eval_steps)
+            return MetadataMAML(network, c.columns, c.width, c.inner_lr, c.inner_steps, c.eval_steps)
         case learners.EpisodicMemory() as c:
-            return EpisodicMemory(encoder(), mode, way, c.columns, c.capacity, c.key_width, c.use_bank)
+            return EpisodicMemory(encoder, mode, way, c.columns, c.capacity, c.key_width, c.use_bank)
+        case section:
+            raise ConfigError(f"learner.type {section.type} is registered but not built: add a case for it")
+
+
+def _head(config: RunConfig, encoder: Backbone, way: int) -> Head | None:
+    """The head of a learner that embeds and compares; ``None`` for other learners."""
+    size = encoder.output_size
+    match config.learner:
         case learners.ProtoNet():
-            return embedding(encoder(), Prototypes(way))
+            return Prototypes(way)
         case learners.Matching() as c:
-            e = encoder()
-            context = FullContext(e.output_size, c.reads) if c.full_context else None
-            return embedding(e, CosineAttention(way, c.scale, context))
+            context = FullContext(size, c.reads) if c.full_context else None
+            return CosineAttention(way, c.scale, context)
         case learners.Siamese() as c:
-            e = encoder()
-            return embedding(e, WeightedL1(way, e.output_size, c.units))
+            return WeightedL1(way, size, c.units)
         case learners.Triplet() as c:
-            return embedding(encoder(), NearestNeighbour(way, c.margin, c.normalise, c.mining))
+            return NearestNeighbour(way, c.margin, c.normalise, c.mining)
         case learners.Relation() as c:
-            e = encoder()
-            return embedding(e, RelationModule(way, map_to_compare(config.model, e), c.channels))
+            return RelationModule(way, map_to_compare(config.model, encoder), c.channels)
         case learners.Ridge() as c:
-            return embedding(encoder(), RidgeRegression(way, c.regularisation, c.scale))
+            return RidgeRegression(way, c.regularisation, c.scale)
         case learners.AttentionLearner() as c:
-            e = encoder()
-            return embedding(e, attention_head(c, e, way))
+            return attention_head(c, encoder, way)
         case learners.SNAIL() as c:
-            e = encoder()
-            return embedding(e, SNAIL(way, e.output_size, config.episode.way * config.episode.shot + 1, c.filters))
+            return SNAIL(way, size, config.episode.way * config.episode.shot + 1, c.filters)
         case learners.InternalMemory() as c:
-            e = encoder()
-            return embedding(e, Memory(way, e.output_size, c.slots, c.width, c.heads, c.init == "random", c.ablate))
+            return Memory(way, size, c.slots, c.width, c.heads, c.init == "random", c.ablate)
         case learners.MANN() as c:
-            e = encoder()
             memory = c.controller, c.slots, c.width, c.reads, c.usage_decay, c.strength
-            return embedding(e, MemoryAugmented(way, e.output_size, *memory))
+            return MemoryAugmented(way, size, *memory)
         case learners.Relational() as c:
-            e = encoder()
-            return embedding(e, RecurrentRelational(way, e.output_size, c.hidden, c.message_steps))
+            return RecurrentRelational(way, size, c.hidden, c.message_steps)
+        case _:
+            return None

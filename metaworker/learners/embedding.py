@@ -83,6 +83,52 @@ class Head(ABC):
         return CLASSIFICATION.loss(logits, query_labels), logits
 
 
+class SequentialHead(Head):
+    """A head that reads the support set sample by sample, labels included.
+
+    Training draws the order by key: the sampler gives class after class, and a sample's place would tell its label.
+    """
+
+    @property
+    def ordered(self) -> bool:
+        """The support set is a sequence."""
+        return True
+
+    @property
+    def names_matter(self) -> bool:
+        """A label is an input and an output of its own."""
+        return True
+
+    def noise(self, support: int, query: int) -> int:
+        """One number a support sample, by which they are sorted."""
+        return support
+
+    def training_logits(
+        self,
+        parameters: Mapping[str, Tensor],
+        support: Float[Tensor, "support embedding"],
+        labels: Int[Tensor, "support"],
+        query: Float[Tensor, "query embedding"],
+    ) -> Float[Tensor, "query way"]:
+        """What training judges: the logits, unless overridden."""
+        return self.logits(parameters, support, labels, query)
+
+    def loss(
+        self,
+        parameters: Mapping[str, Tensor],
+        support: Float[Tensor, "support embedding"],
+        labels: Int[Tensor, "support"],
+        query: Float[Tensor, "query embedding"],
+        query_labels: Int[Tensor, "query"],
+        noise: Float[Tensor, "noise"] | None,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
+        """Mean cross-entropy of the queries after the support set in the order that ``noise`` gives."""
+        assert noise is not None
+        order = noise.argsort()
+        logits = self.training_logits(parameters, support[order], labels[order], query)
+        return CLASSIFICATION.loss(logits, query_labels), logits
+
+
 @dataclass(frozen=True)
 class EmbeddingLearner:
     """An encoder and a head."""

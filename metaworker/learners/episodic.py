@@ -35,7 +35,7 @@ from metaworker.learners.normalisation import commit_running_statistics, given_s
 from metaworker.learners.objective import CLASSIFICATION
 from metaworker.learners.protonet import Prototypes
 from metaworker.learners.vectorise import Score, differentiate
-from metaworker.metadata import encode, features_width, task_features
+from metaworker.metadata import episode_features, features_width, task_features
 from metaworker.models.base import Backbone
 
 KEYS, VALUES, WRITTEN = "bank.keys", "bank.values", "bank.written"
@@ -125,9 +125,7 @@ class EpisodicMemory:
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query cross-entropy; propose an entry of the bank for each episode."""
-        metadata = encode(episodes.metadata, episodes.support_x)
-        one = [{name: rows[e] for name, rows in metadata.items()} for e in range(len(episodes))]
-        features = torch.stack([task_features(known, self.columns, episodes.support_x) for known in one])
+        features = episode_features(episodes, self.columns)
         bank = {name: state[name] for name in BANK}
         looped = None
         if self.batch_norm != "support":  # fused kernels give no gradient to statistics that others use

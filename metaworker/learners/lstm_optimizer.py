@@ -22,25 +22,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import grad, grad_and_value, vmap
 
 from cluster import keys
-from cluster.config.sections import BatchNorm
 from cluster.episodes.types import Episodes
 from cluster.flat import FlatSpec, Tensors
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
-from metaworker.learners.normalisation import commit_running_statistics, given_statistics
-from metaworker.learners.objective import Objective
+from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.stacked import Scores, Stack, shard_result
-from metaworker.learners.vectorise import Score, differentiate
-from metaworker.models.base import Backbone, Initialiser
+from metaworker.learners.vectorise import differentiate
+from metaworker.models.base import Initialiser
 from metaworker.models.recurrent import lstm_cell, lstm_parameters
 
 P = 10.0
@@ -170,12 +167,10 @@ def preprocessed(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any 2"]:
 
 
 @dataclass(frozen=True)
-class LSTMOptimizer:
-    """A learned rule that optimizes a backbone with a head from a learned start."""
+class LSTMOptimizer(GradientBased):
+    """A learned rule that optimizes a network from a learned start."""
 
-    backbone: Backbone
-    objective: Objective
-    batch_norm: BatchNorm
+    network: Network
     rule: Rule
     inner_steps: int
     eval_steps: int
@@ -186,33 +181,10 @@ class LSTMOptimizer:
         """``exact`` in second order."""
         return "surrogate" if self.first_order else "exact"
 
-    @property
-    def transductive(self) -> bool:
-        """Whether queries share batch statistics."""
-        return self.batch_norm == "transductive" and bool(self.backbone.statistics())
-
-    @property
-    def ordered(self) -> bool:
-        """All samples are in every step."""
-        return False
-
-    @property
-    def names_matter(self) -> bool:
-        """The head has weights of its own for each label."""
-        return True
-
     def meta_parameters(self, seed: int) -> Tensors:
-        """The backbone's initial parameters and the rule's."""
-
-        def normal(name: str, shape: tuple[int, ...]) -> Tensor:
-            return keys.tensor_normals(seed, "init", name, shape)
-
-        weights = self.rule.parameters(lambda name, shape: normal(RULE + name, shape))
-        return self.backbone.parameters(normal) | {RULE + name: tensor for name, tensor in weights.items()}
-
-    def initial_state(self) -> Tensors:
-        """Running batch statistics."""
-        return self.backbone.statistics()
+        """The network's initial parameters and the rule's."""
+        weights = self.rule.parameters(lambda name, shape: keys.tensor_normals(seed, "init", RULE + name, shape))
+        return self.network.parameters(seed) | {RULE + name: tensor for name, tensor in weights.items()}
 
     def adapt(
         self,
@@ -223,20 +195,18 @@ class LSTMOptimizer:
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
         """``eval_steps`` steps of the rule on the support set."""
-        given = given_statistics(self.batch_norm, state, training=False)
+        given = self.network.evaluation_statistics(state)
         trajectory = self._trajectory(theta, support_x, support_y, given, self.eval_steps)
-        return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
-
-    def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Tensor:
-        """The adapted network's outputs."""
-        return self.backbone(task["parameters"], query_x, task["statistics"])[0]
+        return [self.network.task(parameters, support_x, given) for parameters in trajectory]
 
     def contribute(
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
         if not self.first_order:
-            return differentiate(theta, episodes, context.chunk, self._score, self._adapt, self._looped_score())
+            fused = self.network.fused()
+            looped = fused.score if fused else None
+            return differentiate(theta, episodes, context.chunk, self.network.score, self._adapt, looped)
         gradient = {name: tensor.new_zeros(tensor.shape) for name, tensor in theta.items()}
         scores: list[Scores] = []
         for start in range(0, len(episodes), context.chunk):
@@ -245,12 +215,6 @@ class LSTMOptimizer:
             scores.append(score)
         return shard_result(gradient, scores)
 
-    def commit_state(
-        self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """Update the running batch statistics."""
-        return commit_running_statistics(state, proposals)
-
     def _first_order(self, theta: Mapping[str, Tensor], episodes: Episodes) -> tuple[Tensors, Scores]:
         """The meta-gradient of some episodes side by side: backpropagation through the rule's steps alone.
 
@@ -258,7 +222,7 @@ class LSTMOptimizer:
         """
         theta = {name: tensor.detach() for name, tensor in theta.items()}
         layout, weights, start = self._split(theta)
-        stack = Stack(self.backbone, self.objective)
+        stack = Stack(self.network.backbone, self.network.objective)
         states: list[State] = [self.rule.start(start.expand(len(episodes), -1))]
         seen: list[tuple[Tensor, Tensor]] = []
         for _ in range(self.inner_steps):
@@ -276,11 +240,11 @@ class LSTMOptimizer:
 
     def _query_gradient(self, stack: Stack, phi: Tensors, episodes: Episodes) -> tuple[Tensors, Scores]:
         """The gradient of each task's query loss at its adapted parameters, and the scores."""
-        if self.batch_norm != "support":
+        if self.network.batch_norm != "support":
             return stack.differentiate(phi, episodes.query_x, episodes.query_y)
 
         def loss(adapted: Mapping[str, Tensor], *data: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensors]]:
-            scored = self._score(adapted, *data)
+            scored = self.network.score(adapted, *data)
             return scored[0], scored
 
         data = (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
@@ -303,7 +267,8 @@ class LSTMOptimizer:
         layout, weights, start = self._split(theta)
 
         def loss(flat: Tensor) -> Float[Tensor, ""]:
-            return self.objective.loss(self.backbone(_named(layout, flat), support_x, given)[0], support_y)
+            outputs = self.network.backbone(_named(layout, flat), support_x, given)[0]
+            return self.network.objective.loss(outputs, support_y)
 
         state = self.rule.start(start)
         trajectory = [start]
@@ -318,25 +283,6 @@ class LSTMOptimizer:
         start = {name: tensor for name, tensor in theta.items() if not name.startswith(RULE)}
         weights = {name.removeprefix(RULE): tensor for name, tensor in theta.items() if name.startswith(RULE)}
         return FlatSpec.of(start), weights, _joined(start, tasks=False)
-
-    def _score(
-        self, adapted: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensors]:
-        given = self._query_statistics(adapted, support_x, None)
-        outputs, observed = self.backbone(adapted, query_x, given)
-        return self.objective.loss(outputs, query_y), self.objective.metric(outputs, query_y), observed
-
-    def _looped_score(self) -> Score | None:
-        """``_score`` by fused kernels, which give no gradient to statistics that others use."""
-        return None if self.batch_norm == "support" else replace(self, backbone=self.backbone.fused())._score
-
-    def _query_statistics(
-        self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor] | None:
-        """Statistics to normalise the query set with; ``None`` for its own."""
-        if self.batch_norm == "support":
-            return self.backbone(parameters, support_x, None)[1] or None
-        return given
 
 
 def _joined(tensors: Mapping[str, Tensor], *, tasks: bool) -> Float[Tensor, "*task coordinate"]:

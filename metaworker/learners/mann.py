@@ -31,8 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
-from metaworker.learners.embedding import Head
-from metaworker.learners.objective import CLASSIFICATION
+from metaworker.learners.embedding import SequentialHead
 from metaworker.models.attention import layer_norm
 from metaworker.models.base import Initialiser
 from metaworker.models.memory import (
@@ -59,7 +58,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MemoryAugmented(Head):
+class MemoryAugmented(SequentialHead):
     """An LSTM controller that reads by content and writes where it read last or where least is used."""
 
     way: int
@@ -70,20 +69,6 @@ class MemoryAugmented(Head):
     reads: int
     decay: float
     strength: float
-
-    @property
-    def ordered(self) -> bool:
-        """Samples come one after another."""
-        return True
-
-    @property
-    def names_matter(self) -> bool:
-        """Labels are inputs."""
-        return True
-
-    def noise(self, support: int, query: int) -> int:
-        """One number a support sample: sorted, they give the order of presentation."""
-        return support
 
     def parameters(self, normal: Initialiser) -> Tensors:
         """The controller, the heads' keys and gates, and the output layer."""
@@ -117,21 +102,6 @@ class MemoryAugmented(Head):
         hidden, _, keys = self._control(parameters, asked, each)
         read = (cosine_addresses(keys, state.memory, self.strength) @ state.memory).flatten(-2)
         return linear(parameters, "output", torch.cat([hidden, read], 1))
-
-    def loss(
-        self,
-        parameters: Mapping[str, Tensor],
-        support: Float[Tensor, "support embedding"],
-        labels: Int[Tensor, "support"],
-        query: Float[Tensor, "query embedding"],
-        query_labels: Int[Tensor, "query"],
-        noise: Float[Tensor, "noise"] | None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
-        """Mean cross-entropy of the queries after the support set in the order that ``noise`` gives."""
-        assert noise is not None
-        order = noise.argsort()
-        logits = self.logits(parameters, support[order], labels[order], query)
-        return CLASSIFICATION.loss(logits, query_labels), logits
 
     def _start(self, like: Tensor) -> State:
         """Nothing stored, nothing read, nothing used."""

@@ -29,8 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
-from metaworker.learners.embedding import Head
-from metaworker.learners.objective import CLASSIFICATION
+from metaworker.learners.embedding import SequentialHead
 from metaworker.models.attention import layer_norm
 from metaworker.models.base import Initialiser
 from metaworker.models.memory import gated, linear, linear_parameters, one_hot, read_by_attention
@@ -40,7 +39,7 @@ RESIDUAL = 0.1
 
 
 @dataclass(frozen=True)
-class Memory(Head):
+class Memory(SequentialHead):
     """Writes the support set into a memory and answers queries by reading it.
 
     Attributes:
@@ -60,15 +59,6 @@ class Memory(Head):
     def ordered(self) -> bool:
         """Samples are written one after another, where what they write is read."""
         return not self.ablate
-
-    @property
-    def names_matter(self) -> bool:
-        """Each label has weights of its own."""
-        return True
-
-    def noise(self, support: int, query: int) -> int:
-        """One number a support sample: sorted, they give the order of writing."""
-        return support
 
     def parameters(self, normal: Initialiser) -> Tensors:
         """The initial memory, the slots' addresses, the labels' vectors and the layers."""
@@ -94,6 +84,16 @@ class Memory(Head):
         found["gate.sample.bias"] += 2
         return found
 
+    def training_logits(
+        self,
+        parameters: Mapping[str, Tensor],
+        support: Float[Tensor, "support embedding"],
+        labels: Int[Tensor, "support"],
+        query: Float[Tensor, "query embedding"],
+    ) -> Float[Tensor, "query way"]:
+        """What the queries read of the memory after the support set, also where it is ablated."""
+        return self.read(parameters, self.written(parameters, support, labels), query)
+
     def logits(
         self,
         parameters: Mapping[str, Tensor],
@@ -104,21 +104,6 @@ class Memory(Head):
         """What the queries read of the memory after the support set, or of the initial one."""
         memory = parameters["initial"] if self.ablate else self.written(parameters, support, labels)
         return self.read(parameters, memory, query)
-
-    def loss(
-        self,
-        parameters: Mapping[str, Tensor],
-        support: Float[Tensor, "support embedding"],
-        labels: Int[Tensor, "support"],
-        query: Float[Tensor, "query embedding"],
-        query_labels: Int[Tensor, "query"],
-        noise: Float[Tensor, "noise"] | None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
-        """Mean cross-entropy of the queries after the support set in the order that ``noise`` gives."""
-        assert noise is not None
-        order = noise.argsort()
-        logits = self.read(parameters, self.written(parameters, support[order], labels[order]), query)
-        return CLASSIFICATION.loss(logits, query_labels), logits
 
     def written(
         self,

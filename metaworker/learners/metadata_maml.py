@@ -25,7 +25,7 @@ from metaworker.inner_loop import gradient_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.vectorise import differentiate
-from metaworker.metadata import encode, features_width, task_features
+from metaworker.metadata import episode_features, features_width, task_features
 
 TASK = "task/"
 """Before the names of what is not the network's."""
@@ -77,9 +77,7 @@ class MetadataMAML(GradientBased):
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
-        metadata = encode(episodes.metadata, episodes.support_x)
-        each = [{name: rows[e] for name, rows in metadata.items()} for e in range(len(episodes))]
-        features = torch.stack([task_features(one, self.columns, episodes.support_x) for one in each])
+        features = episode_features(episodes, self.columns)
         fused, score = self.network.fused(), self.network.score
         looped = fused.score if fused else None
         return differentiate(theta, episodes, context.chunk, score, self._adapt, looped, features)

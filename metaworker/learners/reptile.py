@@ -18,27 +18,21 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.func import grad
 
 from cluster import keys
-from cluster.config.sections import BatchNorm
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import InnerGradient, minibatch_descent
+from metaworker.inner_loop import minibatch_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
-from metaworker.learners.normalisation import commit_running_statistics, given_statistics
-from metaworker.learners.objective import Objective
+from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
-from metaworker.models.base import Backbone
 
 
 @dataclass(frozen=True)
-class Reptile:
-    """Reptile on a backbone with a head."""
+class Reptile(GradientBased):
+    """Reptile on a network."""
 
-    backbone: Backbone
-    objective: Objective
-    batch_norm: BatchNorm
+    network: Network
     inner_lr: float
     inner_steps: int
     eval_steps: int
@@ -54,27 +48,13 @@ class Reptile:
         return "surrogate"
 
     @property
-    def transductive(self) -> bool:
-        """Whether queries share batch statistics."""
-        return self.batch_norm == "transductive" and bool(self.backbone.statistics())
-
-    @property
     def ordered(self) -> bool:
         """Minibatches are drawn by place."""
         return True
 
-    @property
-    def names_matter(self) -> bool:
-        """The head has weights of its own for each label."""
-        return True
-
     def meta_parameters(self, seed: int) -> Tensors:
-        """The backbone's initial parameters."""
-        return self.backbone.parameters(lambda name, shape: keys.tensor_normals(seed, "init", name, shape))
-
-    def initial_state(self) -> Tensors:
-        """Running batch statistics."""
-        return self.backbone.statistics()
+        """The network's initial parameters."""
+        return self.network.parameters(seed)
 
     def adapt(
         self,
@@ -85,26 +65,18 @@ class Reptile:
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
         """``eval_steps`` inner steps on minibatches of the support set, in an order that all tasks share."""
-        given = given_statistics(self.batch_norm, state, training=False)
+        given = self.network.evaluation_statistics(state)
         rows = minibatches(self.seed, "adapt", [0], len(support_x), self.eval_inner_batch, self.eval_steps)[0]
         rows = rows.to(support_x.device)
-
-        def on(x: Tensor, y: Tensor) -> InnerGradient:
-            return grad(lambda parameters: self.objective.loss(self.backbone(parameters, x, given)[0], y))
-
-        steps = [on(*minibatch) for minibatch in zip(support_x[rows], support_y[rows], strict=True)]
+        steps = [self.network.gradient(x, y, given) for x, y in zip(support_x[rows], support_y[rows], strict=True)]
         trajectory = minibatch_descent(steps, theta, self.inner_lr, self.adam)
-        return [{"parameters": p, "statistics": self._query_statistics(p, support_x, given)} for p in trajectory]
-
-    def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Tensor:
-        """The adapted network's outputs."""
-        return self.backbone(task["parameters"], query_x, task["statistics"])[0]
+        return [self.network.task(parameters, support_x, given) for parameters in trajectory]
 
     def contribute(
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Sum θ − φ over the episodes."""
-        stack = Stack(self.backbone, self.objective)
+        stack = Stack(self.network.backbone, self.network.objective)
         gradient = {name: tensor.new_zeros(tensor.shape) for name, tensor in theta.items()}
         scores: list[Scores] = []
         for start in range(0, len(episodes), context.chunk):
@@ -117,12 +89,6 @@ class Reptile:
             gradient = {name: total + (theta[name] - adapted[name]).sum(0) for name, total in gradient.items()}
         return shard_result(gradient, scores)
 
-    def commit_state(
-        self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """Update the running batch statistics."""
-        return commit_running_statistics(state, proposals)
-
     def _minibatches(self, episodes: Episodes) -> tuple[Tensor, Tensor]:
         """Samples and labels, each ``[episode, step, batch, …]``."""
         x = torch.cat([episodes.support_x, episodes.query_x], dim=1)
@@ -131,14 +97,6 @@ class Reptile:
         rows = rows.to(x.device)
         each = torch.arange(len(x), device=x.device)[:, None, None]
         return x[each, rows], y[each, rows]
-
-    def _query_statistics(
-        self, parameters: Mapping[str, Tensor], support_x: Tensor, given: Mapping[str, Tensor] | None
-    ) -> Mapping[str, Tensor] | None:
-        """Statistics to normalise the query set with; ``None`` for its own."""
-        if self.batch_norm == "support":
-            return self.backbone(parameters, support_x, None)[1] or None
-        return given
 
 
 def minibatches(

@@ -30,8 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
-from metaworker.learners.embedding import Head, members
-from metaworker.learners.objective import CLASSIFICATION
+from metaworker.learners.embedding import SequentialHead, members
 from metaworker.models.attention import layer_norm
 from metaworker.models.base import Initialiser
 
@@ -52,7 +51,7 @@ class Steps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SNAIL(Head):
+class SNAIL(SequentialHead):
     """Classes read at the end of a sequence.
 
     Attributes:
@@ -66,16 +65,6 @@ class SNAIL(Head):
     size: int
     steps: int
     filters: int
-
-    @property
-    def ordered(self) -> bool:
-        """The support set is a sequence."""
-        return True
-
-    @property
-    def names_matter(self) -> bool:
-        """A label is an input channel and an output."""
-        return True
 
     @property
     def attention_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -108,10 +97,6 @@ class SNAIL(Head):
         linear("output", self.way, width)
         return result | self._similarity(result)
 
-    def noise(self, support: int, query: int) -> int:
-        """One number a support sample, by which they are sorted."""
-        return support
-
     def logits(
         self,
         parameters: Mapping[str, Tensor],
@@ -129,20 +114,6 @@ class SNAIL(Head):
                 found = causal_convolution(parameters, f"temporal.{block}.{i}", steps, dilation)
                 steps = steps.joined(Steps(gated(found.support), gated(found.query)))
         return steps.query @ parameters["output.weight"].T + parameters["output.bias"]
-
-    def loss(
-        self,
-        parameters: Mapping[str, Tensor],
-        support: Float[Tensor, "support embedding"],
-        labels: Int[Tensor, "support"],
-        query: Float[Tensor, "query embedding"],
-        query_labels: Int[Tensor, "query"],
-        noise: Float[Tensor, "noise"] | None,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
-        """Mean cross-entropy after support samples in the order of their noise."""
-        order = torch.arange(len(labels), device=labels.device) if noise is None else noise.argsort()
-        logits = self.logits(parameters, support[order], labels[order], query)
-        return CLASSIFICATION.loss(logits, query_labels), logits
 
     def _similarity(self, drawn: Mapping[str, Tensor]) -> Tensors:
         """The initial weights by which labels of similar samples are read."""
