@@ -267,6 +267,8 @@ class AttentionLearner(LearnerSection):
     """Width of the attention, of the task embedding and of the layer that scores classes."""
     spatial: bool = False
     """Whether attention goes to the positions of the encoder's maps (conv4_pool with pools 2), not to whole samples."""
+    columns: tuple[str, ...] = ()
+    """Metadata columns that go into the task embedding; those that the data lacks are left out of account."""
 
     @model_validator(mode="after")
     def _heads_divide_units(self) -> AttentionLearner:
@@ -302,6 +304,8 @@ class InternalMemory(LearnerSection):
     """Heads of the attention by which queries read."""
     init: Literal["random", "zero"] = "random"
     """What the initial memory is before training, which learns it: small random numbers, or zeros."""
+    carry: bool = False
+    """Whether what tasks wrote, on average, is carried on in the initial memory of later tasks, as learner state."""
     ablate: bool = False
     """Whether predictions read the initial memory instead of what the support set made of it. Training is the same."""
 

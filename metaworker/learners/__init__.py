@@ -97,8 +97,6 @@ def build_learner(
             return Reptile(network, c.inner_lr, *steps, *batches, c.inner_optimizer == "adam", config.seed)
         case learners.MetadataMAML() as c:
             return MetadataMAML(network, c.columns, c.width, c.inner_lr, c.inner_steps, c.eval_steps)
-        case learners.EpisodicMemory() as c:
-            return EpisodicMemory(encoder, mode, way, c.columns, c.capacity, c.key_width, c.use_bank)
         case section:
             raise ConfigError(f"learner.type {section.type} is registered but not built: add a case for it")
 
@@ -118,6 +116,8 @@ def _head(config: RunConfig, encoder: Backbone, way: int) -> Head | None:
             return NearestNeighbour(way, c.margin, c.normalise, c.mining)
         case learners.Relation() as c:
             return RelationModule(way, map_to_compare(config.model, encoder), c.channels)
+        case learners.EpisodicMemory() as c:
+            return EpisodicMemory(way, size, c.columns, c.capacity, c.key_width, c.use_bank)
         case learners.Ridge() as c:
             return RidgeRegression(way, c.regularisation, c.scale)
         case learners.AttentionLearner() as c:
@@ -125,7 +125,7 @@ def _head(config: RunConfig, encoder: Backbone, way: int) -> Head | None:
         case learners.SNAIL() as c:
             return SNAIL(way, size, config.episode.way * config.episode.shot + 1, c.filters)
         case learners.InternalMemory() as c:
-            return Memory(way, size, c.slots, c.width, c.heads, c.init == "random", c.ablate)
+            return Memory(way, size, c.slots, c.width, c.heads, c.init == "random", c.ablate, c.carry)
         case learners.MANN() as c:
             memory = c.controller, c.slots, c.width, c.reads, c.usage_decay, c.strength
             return MemoryAugmented(way, size, *memory)

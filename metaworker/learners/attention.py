@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ from cluster.flat import Tensors
 from metaworker.learners.base import GradientKind, Task
 from metaworker.learners.embedding import EmbeddingLearner, Head, members
 from metaworker.learners.objective import CLASSIFICATION
+from metaworker.metadata import features_width
 from metaworker.models.attention import (
     additive_attention,
     additive_parameters,
@@ -80,18 +81,27 @@ class Attention(Head):
         way: classes.
         section: the configured options.
         map_shape: channel, height and width of what an embedding is flattened from; (embedding, 1, 1) for a vector.
-        metadata: width of the vector that says something of a task besides its samples; 0 for none.
+        features: what metadata say of the task.
     """
 
     way: int
     section: learners.AttentionLearner
     map_shape: tuple[int, int, int]
-    metadata: int = 0
+    features: Float[Tensor, "features"] | None = None
 
     @property
     def kind(self) -> GradientKind:
         """``estimator`` with hard attention."""
         return "estimator" if self.section.hard else "exact"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The configured ones."""
+        return self.section.columns
+
+    def given(self, state: Mapping[str, Tensor], features: Float[Tensor, "features"]) -> Attention:
+        """With what metadata say of the task."""
+        return replace(self, features=features)
 
     @property
     def heads(self) -> int:
@@ -111,8 +121,8 @@ class Attention(Head):
             return {name: normal(name, (outputs, inputs)) * (gain / math.sqrt(inputs))}
 
         result = linear("task.sample", units, size) | linear("task.film", 2 * size, units, SMALL)
-        if self.metadata:
-            result |= linear("task.metadata", units, self.metadata)
+        if self.columns:
+            result |= linear("task.metadata", units, features_width(self.columns))
         if self.positions > 1:
             result |= linear("pool", 1, size, SMALL)
         if self.section.self_attention:
@@ -136,7 +146,7 @@ class Attention(Head):
         query: Float[Tensor, "query embedding"],
     ) -> Float[Tensor, "query way"]:
         """The module's logits, without noise."""
-        return self.conditioned_logits(parameters, support, labels, query)
+        return self.noisy_logits(parameters, support, labels, query, None)
 
     def loss(
         self,
@@ -148,20 +158,19 @@ class Attention(Head):
         noise: Float[Tensor, "noise"] | None,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
         """Mean cross-entropy, after sampled choices where attention is hard."""
-        logits = self.conditioned_logits(parameters, support, labels, query, noise)
+        logits = self.noisy_logits(parameters, support, labels, query, noise)
         return CLASSIFICATION.loss(logits, query_labels), logits
 
-    def conditioned_logits(
+    def noisy_logits(
         self,
         parameters: Mapping[str, Tensor],
         support: Float[Tensor, "support embedding"],
         labels: Int[Tensor, "support"],
         query: Float[Tensor, "query embedding"],
-        noise: Float[Tensor, "noise"] | None = None,
-        metadata: Float[Tensor, "metadata"] | None = None,
+        noise: Float[Tensor, "noise"] | None,
     ) -> Float[Tensor, "query way"]:
-        """``logits``, with the noise of hard attention and what is known of the task, where given."""
-        x, keys, _ = self._features(parameters, support, query, metadata)
+        """``logits``, with the noise of hard attention where given."""
+        x, keys, _ = self._features(parameters, support, query)
         read, weights = self._attend(parameters, x, keys, noise)
         member = members(labels, self.way, keys.dtype).repeat_interleave(self.positions, 1)
         evidence = torch.einsum("hqs,ks->qkh", weights, member)
@@ -176,10 +185,9 @@ class Attention(Head):
         parameters: Mapping[str, Tensor],
         support: Float[Tensor, "support embedding"],
         query: Float[Tensor, "query embedding"],
-        metadata: Float[Tensor, "metadata"] | None = None,
     ) -> AttentionWeights:
         """Where queries look."""
-        x, keys, pooling = self._features(parameters, support, query, metadata)
+        x, keys, pooling = self._features(parameters, support, query)
         _, weights = self._attend(parameters, x, keys, None)
         _, height, width = self.map_shape
         maps = weights.reshape(self.heads, len(query), len(support), height, width)
@@ -189,18 +197,16 @@ class Attention(Head):
         self,
         parameters: Mapping[str, Tensor],
         keys: Float[Tensor, "key size"],
-        metadata: Float[Tensor, "metadata"] | None = None,
     ) -> Float[Tensor, "units"]:
         """Pooled support features, whatever their order, and what is known of the task besides."""
         task = torch.relu(keys @ parameters["task.sample"].T).mean(0)
-        return task if metadata is None else task + parameters["task.metadata"] @ metadata
+        return task if self.features is None or not self.columns else task + parameters["task.metadata"] @ self.features
 
     def _features(
         self,
         parameters: Mapping[str, Tensor],
         support: Float[Tensor, "support embedding"],
         query: Float[Tensor, "query embedding"],
-        metadata: Float[Tensor, "metadata"] | None,
     ) -> tuple[Float[Tensor, "query size"], Float[Tensor, "key size"], Float[Tensor, "query position"]]:
         """Conditioned queries and keys, and the weights that pooled a query's positions."""
         size, positions = self.map_shape[0], self.positions
@@ -212,7 +218,7 @@ class Attention(Head):
             x, pooling = layer_norm(read), weights[:, 0]
         if self.section.self_attention:
             keys = keys + self_attention(parameters, "self", keys, self.heads)[0] @ parameters["self.join"].T
-        task = self.task_embedding(parameters, keys, metadata)
+        task = self.task_embedding(parameters, keys)
         scale, shift = (parameters["task.film"] @ task).chunk(2)
         return x[:, 0] * (1 + scale) + shift, keys * (1 + scale) + shift, pooling
 
@@ -264,5 +270,6 @@ def attention_weights(
         task: as from its ``adapt``.
         query_x: queries, as for its ``predict``.
     """
-    assert isinstance(learner.head, Attention), f"not an attention learner: {learner.head}"
-    return learner.head.weights(*learner.embed(task, query_x))
+    head = learner.head_of(task)
+    assert isinstance(head, Attention), f"not an attention learner: {head}"
+    return head.weights(*learner.embed(task, query_x))

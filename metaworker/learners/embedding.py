@@ -5,6 +5,9 @@
 One head per algorithm, in a file of its own. θ is the encoder's and the head's parameters together; the meta-gradient
 is that of the head's loss on the queries, ``exact`` unless the head says otherwise. As in the code of Prototypical
 Networks, support and query pass the encoder together in training, and in evaluation with ``transductive`` batch-norm.
+
+Some heads are told more than samples: what the task's metadata say (`Head.columns`), and learner state of their own,
+to which every episode proposes an update (`Head.initial_state`). `Head.given` binds both.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +30,15 @@ from cluster.flat import Tensors
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import CLASSIFICATION
-from metaworker.learners.vectorise import Score, differentiate
+from metaworker.learners.vectorise import differentiate
+from metaworker.metadata import episode_features, task_features
 from metaworker.models.base import Backbone, Initialiser
 from metaworker.models.layers import EPSILON
 
 PREFIX = "head/"
-"""Of the names of a head's parameters within θ."""
+"""Of the names of what is a head's, in θ and in the learner state."""
+
+T = TypeVar("T", Tensor, np.ndarray)
 
 
 class Head(ABC):
@@ -58,6 +66,36 @@ class Head(ABC):
     def noise(self, support: int, query: int) -> int:
         """How many uniform numbers an episode's loss takes; 0 for heads without randomness."""
         return 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that it is told of a task; none for most heads."""
+        return ()
+
+    def initial_state(self) -> Tensors:
+        """Its learner state at version 0; none for most heads."""
+        return {}
+
+    def given(self, state: Mapping[str, Tensor], features: Float[Tensor, "features"]) -> Head:
+        """The head for one task: with its learner state, and with `task_features` of its columns."""
+        return self
+
+    def proposal(
+        self,
+        parameters: Mapping[str, Tensor],
+        support: Float[Tensor, "support embedding"],
+        labels: Int[Tensor, "support"],
+        query: Float[Tensor, "query embedding"],
+        query_labels: Int[Tensor, "query"],
+    ) -> Tensors:
+        """What a training episode proposes for its learner state; the arguments carry no gradient."""
+        return {}
+
+    def commit(
+        self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Its learner state after the rows ``[episode, …]`` that were proposed, in their order."""
+        return dict(state)
 
     @abstractmethod
     def logits(
@@ -163,11 +201,11 @@ class EmbeddingLearner:
         """The encoder's and the head's initial parameters."""
         encoder = self.backbone.parameters(lambda name, shape: keys.tensor_normals(seed, "init", name, shape))
         head = self.head.parameters(lambda name, shape: keys.tensor_normals(seed, "init", PREFIX + name, shape))
-        return encoder | {PREFIX + name: tensor for name, tensor in head.items()}
+        return encoder | _named(head)
 
     def initial_state(self) -> Tensors:
-        """Running batch statistics."""
-        return self.backbone.statistics()
+        """Running batch statistics, and what the head keeps."""
+        return self.backbone.statistics() | _named(self.head.initial_state())
 
     def adapt(
         self,
@@ -178,15 +216,21 @@ class EmbeddingLearner:
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
         """One task model: θ with the support set that it compares queries to."""
-        statistics = given_statistics(self.batch_norm, state, training=False)
+        statistics = given_statistics(self.batch_norm, _encoders(state), training=False)
         if self.batch_norm == "support":
             statistics = self.backbone(theta, support_x, None)[1] or None
-        return [{"parameters": theta, "statistics": statistics, "support_x": support_x, "support_y": support_y}]
+        samples = {"support_x": support_x, "support_y": support_y}
+        told = {"state": own(state), "features": task_features(metadata, self.head.columns, support_x)}
+        return [{"parameters": theta, "statistics": statistics, **samples, **told}]
 
     def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Float[Tensor, "query way"]:
         """The head's logits."""
         parameters, support, query = self.embed(task, query_x)
-        return self.head.logits(parameters, support, task["support_y"], query)
+        return self.head_of(task).logits(parameters, support, task["support_y"], query)
+
+    def head_of(self, task: Task) -> Head:
+        """The head as the task has it."""
+        return self.head.given(task["state"], task["features"])
 
     def embed(
         self, task: Task, query_x: Float[Tensor, "query *sample"]
@@ -195,47 +239,52 @@ class EmbeddingLearner:
         x = torch.cat([task["support_x"], query_x])
         embedded, _ = self.backbone(task["parameters"], x, task["statistics"])
         shots = len(task["support_y"])
-        return _own(task["parameters"]), embedded[:shots], embedded[shots:]
+        return own(task["parameters"]), embedded[:shots], embedded[shots:]
 
     def contribute(
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
-        """Differentiate the head's loss."""
-        looped, noise = self._looped_score(), self._noise(episodes)
-        return differentiate(theta, episodes, context.chunk, self._score, looped_score=looped, extra=noise)
+        """Differentiate the head's loss; propose batch statistics, and what the head proposes."""
+        kept, looped = own(state), None
+        if self.batch_norm != "support":  # fused kernels give no gradient to statistics that others use
+            looped = partial(replace(self, backbone=self.backbone.fused())._score, kept)
+        besides = self._noise(episodes) | {"features": episode_features(episodes, self.head.columns)}
+        score = partial(self._score, kept)
+        return differentiate(theta, episodes, context.chunk, score, looped_score=looped, extra=besides)
 
     def commit_state(
         self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Update the running batch statistics."""
-        return commit_running_statistics(state, proposals)
+        """Update the running batch statistics and what the head keeps."""
+        statistics = commit_running_statistics(_encoders(state), proposals)
+        return statistics | _named(self.head.commit(own(state), [own(proposal) for proposal in proposals]))
 
     def _score(
         self,
+        kept: Tensors,
         theta: Mapping[str, Tensor],
         support_x: Tensor,
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
-        noise: Tensor | None = None,
+        besides: Tensors,
     ) -> tuple[Tensor, Tensor, Tensors]:
         given = self.backbone(theta, support_x, None)[1] or None if self.batch_norm == "support" else None
         embedded, observed = self.backbone(theta, torch.cat([support_x, query_x]), given)
         support, query = embedded[: len(support_y)], embedded[len(support_y) :]
-        loss, logits = self.head.loss(_own(theta), support, support_y, query, query_y, noise)
-        return loss, CLASSIFICATION.metric(logits, query_y), observed
+        head, parameters = self.head.given(kept, besides["features"]), own(theta)
+        loss, logits = head.loss(parameters, support, support_y, query, query_y, besides.get("noise"))
+        fixed = {name: tensor.detach() for name, tensor in parameters.items()}
+        proposed = head.proposal(fixed, support.detach(), support_y, query.detach(), query_y)
+        return loss, CLASSIFICATION.metric(logits, query_y), observed | _named(proposed)
 
-    def _looped_score(self) -> Score | None:
-        """``_score`` by fused kernels, which give no gradient to statistics that others use."""
-        return None if self.batch_norm == "support" else replace(self, backbone=self.backbone.fused())._score
-
-    def _noise(self, episodes: Episodes) -> Tensor | None:
-        """The head's uniform numbers, ``[episode, noise]``, drawn by (seed, episode id)."""
+    def _noise(self, episodes: Episodes) -> Tensors:
+        """The head's uniform numbers, ``[episode, noise]``, drawn by (seed, episode id); none if it takes none."""
         count = self.head.noise(episodes.support_x.shape[1], episodes.query_x.shape[1])
         if not count:
-            return None
+            return {}
         drawn = keys.uniforms(self.seed, "head noise", "train", episodes.ids, count)
-        return torch.from_numpy(drawn).to(episodes.support_x)
+        return {"noise": torch.from_numpy(drawn).to(episodes.support_x)}
 
 
 def members(labels: Int[Tensor, "sample"], way: int, dtype: torch.dtype) -> Float[Tensor, "way sample"]:
@@ -256,6 +305,16 @@ def unit_length(x: Float[Tensor, "sample embedding"]) -> Float[Tensor, "sample e
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
 
 
-def _own(theta: Mapping[str, Tensor]) -> Tensors:
-    """The head's parameters."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in theta.items() if name.startswith(PREFIX)}
+def own(named: Mapping[str, T]) -> dict[str, T]:
+    """What is the head's, of parameters, learner state or proposals, by the head's own names."""
+    return {name.removeprefix(PREFIX): value for name, value in named.items() if name.startswith(PREFIX)}
+
+
+def _named(own: Mapping[str, T]) -> dict[str, T]:
+    """What is the head's, by the learner's names."""
+    return {PREFIX + name: value for name, value in own.items()}
+
+
+def _encoders(named: Mapping[str, T]) -> dict[str, T]:
+    """What is not the head's."""
+    return {name: value for name, value in named.items() if not name.startswith(PREFIX)}

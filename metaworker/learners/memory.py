@@ -7,7 +7,10 @@
     r      = Σ_slots softmax(q · m(T) / √d) m(T)             each query reads the memory by attention, in heads
     logits = W_yᵀ r / √width + MLP([r, q])
 
-m is ``[slot, width]``. m(0) and the slots' addresses a, by which samples find their slots, are parts of θ of the same
+m is ``[slot, width]``. With ``carry``, m(0) is the learned content plus what tasks wrote on average, m(T) − m(0), which
+is learner state: a version's episodes move it by `CARRY` towards their mean; no gradient passes from task to task.
+
+m(0) and the slots' addresses a, by which samples find their slots, are parts of θ of the same
 shape. The memory is state that gradients flow through, from the query loss to m(0): the meta-gradient is ``exact``. In
 training the samples come in an order drawn by key. With ``ablate`` predictions see m(0) in place of m(T), in task
 adaptation and in reads: what the network knows without what the support set wrote. Training is the same.
@@ -21,19 +24,23 @@ chance for long.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
 from metaworker.learners.embedding import SequentialHead
+from metaworker.learners.normalisation import running_averages
 from metaworker.models.attention import layer_norm
 from metaworker.models.base import Initialiser
 from metaworker.models.memory import gated, linear, linear_parameters, one_hot, read_by_attention
 
+CARRY = 0.05
+"""Share of a version's mean writings in what is carried on."""
 RESIDUAL = 0.1
 """Initial scale of the layers that modify what passes beside them."""
 
@@ -45,6 +52,8 @@ class Memory(SequentialHead):
     Attributes:
         random_start: whether the memory starts training as small random numbers, or else as zeros.
         ablate: whether predictions are made from the initial memory.
+        carry: whether what tasks wrote is carried on to later tasks.
+        carried: what tasks wrote on average, where it is.
     """
 
     way: int
@@ -54,6 +63,8 @@ class Memory(SequentialHead):
     heads: int
     random_start: bool
     ablate: bool
+    carry: bool
+    carried: Float[Tensor, "slot width"] | None = None
 
     @property
     def ordered(self) -> bool:
@@ -102,8 +113,39 @@ class Memory(SequentialHead):
         query: Float[Tensor, "query embedding"],
     ) -> Float[Tensor, "query way"]:
         """What the queries read of the memory after the support set, or of the initial one."""
-        memory = parameters["initial"] if self.ablate else self.written(parameters, support, labels)
+        memory = self.initial(parameters) if self.ablate else self.written(parameters, support, labels)
         return self.read(parameters, memory, query)
+
+    def initial_state(self) -> Tensors:
+        """Nothing carried on yet."""
+        return {"carried": torch.zeros(self.slots, self.width)} if self.carry else {}
+
+    def given(self, state: Mapping[str, Tensor], features: Float[Tensor, "features"]) -> Memory:
+        """With what is carried on."""
+        return replace(self, carried=state["carried"]) if self.carry else self
+
+    def proposal(
+        self,
+        parameters: Mapping[str, Tensor],
+        support: Float[Tensor, "support embedding"],
+        labels: Int[Tensor, "support"],
+        query: Float[Tensor, "query embedding"],
+        query_labels: Int[Tensor, "query"],
+    ) -> Tensors:
+        """What the support set, in the sampler's order, wrote."""
+        if not self.carry:
+            return {}
+        return {"carried": self.written(parameters, support, labels) - self.initial(parameters)}
+
+    def commit(
+        self, state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """A step towards the mean of what was written."""
+        return running_averages(state, proposals, CARRY)
+
+    def initial(self, parameters: Mapping[str, Tensor]) -> Float[Tensor, "slot width"]:
+        """m(0)."""
+        return parameters["initial"] if self.carried is None else parameters["initial"] + self.carried
 
     def written(
         self,
@@ -115,7 +157,7 @@ class Memory(SequentialHead):
         names = one_hot(labels, self.way, support.dtype) @ parameters["name"]
         samples = linear(parameters, "feature", layer_norm(support)) + names
         places = (samples @ parameters["address"].T).softmax(1)
-        memory = parameters["initial"]
+        memory = self.initial(parameters)
         for sample, place in zip(samples, places, strict=True):
             change = place[:, None] * torch.sigmoid(self._mixed(parameters, "gate", memory, sample))
             candidate = sample + torch.tanh(self._mixed(parameters, "candidate", memory, sample))

@@ -77,7 +77,7 @@ class MetadataMAML(GradientBased):
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
-        features = episode_features(episodes, self.columns)
+        features = {"features": episode_features(episodes, self.columns)}
         fused, score = self.network.fused(), self.network.score
         looped = fused.score if fused else None
         return differentiate(theta, episodes, context.chunk, score, self._adapt, looped, features)
@@ -88,9 +88,10 @@ class MetadataMAML(GradientBased):
         network = {name: tensor for name, tensor in theta.items() if not name.startswith(TASK)}
         return {name: _modulated(tensor, theta[f"{TASK}on/{name}"] @ z) for name, tensor in network.items()}
 
-    def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, features: Tensor) -> Tensors:
+    def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor, besides: Tensors) -> Tensors:
         """Parameters after ``inner_steps`` training steps."""
-        start, gradient = self.initialisation(theta, features), self.network.gradient(support_x, support_y)
+        start = self.initialisation(theta, besides["features"])
+        gradient = self.network.gradient(support_x, support_y)
         return gradient_descent(gradient, start, self.inner_lr, self.inner_steps, first_order=False)[-1]
 
 

@@ -28,7 +28,14 @@ def given_statistics(mode: BatchNorm, state: Mapping[str, Tensor], training: boo
 def commit_running_statistics(
     state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """``(1 − MOMENTUM) · state + MOMENTUM · mean over all proposed rows``, summed in the order of the proposals."""
+    """`running_averages` of batch statistics."""
+    return running_averages(state, proposals, MOMENTUM)
+
+
+def running_averages(
+    state: Mapping[str, np.ndarray], proposals: Sequence[Mapping[str, np.ndarray]], momentum: float
+) -> dict[str, np.ndarray]:
+    """``(1 − momentum) · state + momentum · mean over all proposed rows``, summed in the order of the proposals."""
     if not proposals:
         return dict(state)
     rows = sum(len(next(iter(p.values()))) for p in proposals if p)
@@ -37,6 +44,5 @@ def commit_running_statistics(
         total = np.zeros_like(old)
         for proposal in proposals:
             total += proposal[name].sum(axis=0, dtype=old.dtype)
-        momentum = old.dtype.type(MOMENTUM)
-        result[name] = old + momentum * (total / old.dtype.type(rows) - old)
+        result[name] = old + old.dtype.type(momentum) * (total / old.dtype.type(rows) - old)
     return cast(dict[str, np.ndarray[Any, Any]], result)

@@ -19,6 +19,9 @@ Adapt = Callable[..., Tensors]
 Score = Callable[..., tuple[Float[Tensor, ""], Float[Tensor, ""], Tensors]]
 """One episode: (parameters, support x, support y, query x, query y[, extra]) -> (query loss, metric, proposals)."""
 
+Rows = Tensor | Tensors
+"""Of all episodes of a chunk, or of one; by name, or not."""
+
 LOOPED_FROM = 20
 """Query samples an episode from which one episode fills the CPU's kernels: looping is faster than vectorising then."""
 
@@ -30,7 +33,7 @@ def differentiate(
     score: Score,
     adapt: Adapt | None = None,
     looped_score: Score | None = None,
-    extra: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> ShardResult:
     """Σ over episodes of ∂ score(adapt(θ)) / ∂θ.
 
@@ -44,7 +47,7 @@ def differentiate(
         score: the query loss of one episode, given its adapted parameters.
         adapt: how one episode adapts θ; not at all when not given.
         looped_score: ``score`` by kernels that are faster but work outside ``vmap`` only.
-        extra: what ``adapt``, or ``score`` where there is no ``adapt``, takes besides, ``[episode, …]``.
+        extra: what ``adapt``, or ``score`` where there is no ``adapt``, takes besides, each ``[episode, …]``.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
     loop = looped_score if episodes.query_x.shape[1] >= LOOPED_FROM and not episodes.query_x.is_cuda else None
@@ -52,8 +55,8 @@ def differentiate(
     losses, metrics, proposals = [], [], []
     for start in range(0, len(episodes), chunk):
         part = episodes.chunk(start, start + chunk)
-        besides = () if extra is None else (extra[start : start + chunk],)
-        data: tuple[Tensor, ...] = (part.support_x, part.support_y, part.query_x, part.query_y)
+        besides = () if extra is None else ({name: rows[start : start + chunk] for name, rows in extra.items()},)
+        data: tuple[Rows, ...] = (part.support_x, part.support_y, part.query_x, part.query_y)
         adapted = None
         if adapt is None:
             data = (*data, *besides)
@@ -80,7 +83,7 @@ def differentiate(
 
 
 def _one_by_one(
-    score: Score, theta: Mapping[str, Tensor], adapted: Mapping[str, Tensor] | None, data: tuple[Tensor, ...]
+    score: Score, theta: Mapping[str, Tensor], adapted: Mapping[str, Tensor] | None, data: tuple[Rows, ...]
 ) -> tuple[Tensor, Tensor, Tensors]:
     """What ``vmap(score)`` gives, by a loop over the episodes."""
     episodes = range(len(data[0]))
@@ -89,9 +92,14 @@ def _one_by_one(
         # unbind, not indexing: its backward is one stack instead of a full-size zero-filled gradient per episode.
         split = {name: rows.unbind(0) for name, rows in adapted.items()}
         tasks = [{name: rows[e] for name, rows in split.items()} for e in episodes]
-    scored = [score(tasks[e], *(part[e] for part in data)) for e in episodes]
+    scored = [score(tasks[e], *(_row(part, e) for part in data)) for e in episodes]
     proposals = {name: torch.stack([s[2][name] for s in scored]) for name in scored[0][2]}
     return torch.stack([s[0] for s in scored]), torch.stack([s[1] for s in scored]), proposals
+
+
+def _row(rows: Rows, episode: int) -> Rows:
+    """One episode's, of what may be named."""
+    return rows[episode] if isinstance(rows, Tensor) else {name: part[episode] for name, part in rows.items()}
 
 
 def concatenate(parts: list[Tensors]) -> Tensors:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from metaworker.learners import build_learner
 from metaworker.learners.attention import Attention, attention_weights
 from metaworker.learners.base import Context, Learner
 from metaworker.learners.embedding import EmbeddingLearner
+from metaworker.metadata import TEXT_WIDTH, encode
 
 KINDS = ("additive", "dot", "multihead")
 MODELS = (sections.Conv4Strided(channels=4), sections.MLP(hidden=(8,)))
@@ -231,18 +234,36 @@ def test_prediction_takes_no_noise(hard: bool, way: int, pictures: Draw, plain_n
 
 
 def test_what_is_known_of_a_task_conditions_the_attention(perturbed: Perturbed) -> None:
-    section = learners.AttentionLearner(units=8, heads=2)
-    head, generator = Attention(5, section, (6, 1, 1), metadata=3), torch.Generator().manual_seed(0)
+    section = learners.AttentionLearner(units=8, heads=2, columns=("alphabet",))
+    head, generator = Attention(5, section, (6, 1, 1)), torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     parameters = {name: t.double() for name, t in head.parameters(lambda name, shape: draw(*shape).float()).items()}
-    support, query, labels, known = draw(10, 6), draw(3, 6), torch.arange(5).repeat(2), draw(3)
-    logits = head.conditioned_logits(parameters, support, labels, query, metadata=known)
+    support, query, labels, known = draw(10, 6), draw(3, 6), torch.arange(5).repeat(2), draw(TEXT_WIDTH + 1)
+    logits = head.given({}, known).logits(parameters, support, labels, query)
     close(logits, plain_logits(parameters, section, support, labels, query, 6, task_known=known))
-    assert (logits - head.logits(parameters, support, labels, query)).abs().max() > 1e-4
-    assert "task.metadata" not in Attention(5, section, (6, 1, 1)).parameters(lambda name, shape: torch.zeros(shape))
+    unknown = head.given({}, torch.zeros(TEXT_WIDTH + 1).double()).logits(parameters, support, labels, query)
+    assert (logits - unknown).abs().max() > 1e-4
+    close(unknown, plain_logits(parameters, section, support, labels, query, 6))
+    plain = Attention(5, section.model_copy(update={"columns": ()}), (6, 1, 1))
+    assert "task.metadata" not in plain.parameters(lambda name, shape: torch.zeros(shape))
+    close(plain.logits(parameters, support, labels, query), unknown)
+
+
+def test_the_alphabet_of_an_episode_reaches_the_task_embedding(pictures: Draw, perturbed: Perturbed) -> None:
+    learner = learner_of(MODELS[1], columns=("alphabet",))
+    theta, state = perturbed(learner)
+    found = []
+    for name in ("Greek", "Lao"):
+        episodes = replace(pictures(2), metadata={"alphabet": np.array([[name] * 5] * 2)})
+        gradient = learner.contribute(theta, state, episodes, Context(0, 2)).gradient
+        assert gradient["head/task.metadata"].abs().max() > 1e-8
+        metadata = {n: rows[0] for n, rows in encode(episodes.metadata, episodes.support_x).items()}
+        task = learner.adapt(theta, state, episodes.support_x[0], episodes.support_y[0], metadata)[-1]
+        found.append(learner.predict(task, episodes.query_x[0]))
+    assert (found[0] - found[1]).abs().max() > 1e-6
 
 
 def test_the_task_embedding_is_that_of_a_set(perturbed: Perturbed) -> None:

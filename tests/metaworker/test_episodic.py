@@ -15,12 +15,13 @@ from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.learners import build_learner
+from metaworker.learners import build_learner, episodic
 from metaworker.learners.base import Context, Learner
-from metaworker.learners.episodic import KEYS, VALUES, WRITTEN
+from metaworker.learners.embedding import PREFIX
 from metaworker.metadata import TEXT_WIDTH, encode
 
 WAY, CAPACITY = 5, 4
+KEYS, VALUES, WRITTEN = (PREFIX + name for name in (episodic.KEYS, episodic.VALUES, episodic.WRITTEN))
 MODEL = sections.Conv4Pool(channels=4)
 Draw = Callable[..., Episodes]
 Perturbed = Callable[[Learner], tuple[Tensors, Tensors]]
@@ -89,13 +90,13 @@ def test_predictions_read_the_entries_of_similar_tasks(pictures: Draw, perturbed
     theta, state = perturbed(learner)
     state = filled(state, 3)
     features = torch.cat([encode(episodes.metadata, episodes.support_x)["script"][0, 0], torch.ones(1).double()])
-    now = theta["bank/key"] @ features
-    scores = torch.stack([(theta["bank/key"] @ state[KEYS][i]) @ now / 3**0.5 for i in range(3)])
+    now = theta["head/lookup"] @ features
+    scores = torch.stack([(theta["head/lookup"] @ state[KEYS][i]) @ now / 3**0.5 for i in range(3)])
     read = sum(w * state[VALUES][i] for i, w in enumerate(torch.softmax(scores, 0)))
-    z = torch.tanh(theta["bank/mix"] @ read)
+    z = torch.tanh(theta["head/mix"] @ read)
     shots = len(episodes.support_y[0])
     embedded = plain_net(MODEL)(theta, torch.cat([episodes.support_x[0], episodes.query_x[0]]))[0]
-    fused = embedded * (1 + theta["bank/scale"] @ z) + theta["bank/shift"] @ z
+    fused = embedded * (1 + theta["head/scale"] @ z) + theta["head/shift"] @ z
     centres = torch.stack([fused[:shots][episodes.support_y[0] == c].mean(0) for c in range(WAY)])
     distances = -((fused[shots:, None] - centres) ** 2).sum(-1)
     found = outputs(learner, theta, state, episodes)

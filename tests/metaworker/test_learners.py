@@ -31,7 +31,7 @@ from metaworker.shard_worker import evaluate_episodes
 WAY = 5
 REGISTERED: tuple[type[base.Section], ...] = get_args(get_args(learners.Learner)[0])
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "memory": [{"init": "zero", "slots": 3, "heads": 1}],
+    "memory": [{"init": "zero", "slots": 3, "heads": 1}, {"carry": True}],
     "mann": [{"slots": 30, "reads": 2, "strength": 4.0}],
     "relational": [{"message_steps": 1}],
     "matching": [{"full_context": True}, {"full_context": True, "reads": 1}],
@@ -55,6 +55,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"kind": "dot"},
         {"hard": True, "heads": 2},
         {"spatial": True},
+        {"columns": ("alphabet",)},
     ],
 }
 """Options to test beside the defaults, by ``type``."""

@@ -21,7 +21,7 @@ from cluster.flat import Tensors
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context, Learner
 from metaworker.learners.embedding import EmbeddingLearner
-from metaworker.learners.memory import Memory
+from metaworker.learners.memory import CARRY, Memory
 
 FEW, MANY = 2, 5
 """Query samples a class of the 5: below and above where episodes are scored one by one instead of vectorised."""
@@ -177,3 +177,30 @@ def test_ablated_predictions_know_nothing_of_the_support_set_and_training_is_the
 def test_heads_divide_the_width() -> None:
     with pytest.raises(ValidationError, match=r"multiple of learner\.heads = 3, got 64"):
         learners.InternalMemory(heads=3)
+
+
+def test_what_tasks_wrote_is_carried_on_to_later_ones(pictures: Draw, perturbed: Perturbed, plain_net: Any) -> None:
+    learner, episodes = learner_of(carry=True), pictures(3, shot=2)
+    theta, state = perturbed(learner)
+    state["head/carried"] = torch.zeros_like(theta["head/initial"])
+    proposed = learner.contribute(theta, state, episodes, Context(0, 2)).proposals
+    wrote = []
+    for e in range(3):
+        embedded, _ = plain_net(MODEL)(theta, torch.cat([episodes.support_x[e], episodes.query_x[e]]), None)
+        wrote.append(plain_memory(theta, embedded[:10], episodes.support_y[e]) - theta["head/initial"])
+    close(proposed["head/carried"], torch.stack(wrote))
+
+    before = {name: tensor.numpy() for name, tensor in state.items()}
+    rows = {name: tensor.numpy() for name, tensor in proposed.items()}
+    halves = [{name: part[at] for name, part in rows.items()} for at in (slice(0, 1), slice(1, 3))]
+    after = learner.commit_state(before, halves)
+    close(torch.from_numpy(after["head/carried"]), CARRY * torch.stack(wrote).mean(0))
+
+    later = {name: torch.from_numpy(array) for name, array in after.items()}
+    moved = theta | {"head/initial": theta["head/initial"] + later["head/carried"]}
+    support = (episodes.support_x[0], episodes.support_y[0], {})
+    without = learner_of()
+    close(
+        learner.predict(learner.adapt(theta, later, *support)[0], episodes.query_x[0]),
+        without.predict(without.adapt(moved, {}, *support)[0], episodes.query_x[0]),
+    )
