@@ -22,7 +22,7 @@ class ConfigField:
     path: str
     """Dotted name, for instance ``learner.inner_steps``."""
     when: str
-    """The ``type`` of the section that has this field; empty where the section is no union."""
+    """The ``type`` of the innermost union section around this field; empty where there is none."""
     section: type[Section]
     """The section that has this field; for a union's ``type``, the section that has the union."""
     info: FieldInfo
@@ -88,7 +88,7 @@ def _walk(section: type[Section], prefix: str, when: str) -> Iterator[ConfigFiel
             meaning, allowed, default = info.description or "", " | ".join(inner[name]), info.default.type
             yield ConfigField(f"{prefix}{name}.type", when, section, info, meaning, allowed, default)
         for choice, cls in inner[name].items():
-            yield from _walk(cls, f"{prefix}{name}.", choice)
+            yield from _walk(cls, f"{prefix}{name}.", choice or when)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

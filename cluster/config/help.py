@@ -33,7 +33,7 @@ class FieldGroup:
 
 def field_groups() -> tuple[FieldGroup, ...]:
     """Every field of the configuration, by section and by ``type``; members without fields have an empty group."""
-    return tuple(_groups(RunConfig, "", ""))
+    return tuple(_groups(RunConfig, "", "", "the run"))
 
 
 def fields_text(width: int) -> str:
@@ -56,9 +56,8 @@ def fields_text(width: int) -> str:
     return capture.get()
 
 
-def _groups(section: type[Section], parent: str, when: str) -> Iterator[FieldGroup]:
-    own = [field for field in all_fields() if field.section is section]
-    title = f"{parent}.type {when}" if when else parent or "the run"
+def _groups(section: type[Section], parent: str, when: str, title: str) -> Iterator[FieldGroup]:
+    own = [field for field in all_fields() if field.section is section and field.when == when]
     summary = inspect.cleandoc(section.__doc__ or "").replace("``", "") if parent else ""
     yield FieldGroup(title, summary, tuple(field for field in own if field.path.rpartition(".")[0] == parent))
     for name, info in section.model_fields.items():
@@ -66,7 +65,8 @@ def _groups(section: type[Section], parent: str, when: str) -> Iterator[FieldGro
         if choices and "" not in choices:
             yield FieldGroup(path, "", tuple(field for field in own if field.path == f"{path}.type"))
         for choice, cls in choices.items():
-            yield from _groups(cls, path, choice)
+            here = f"{path}.type {choice}" if choice else f"{path} of {parent}.type {when}" if when else path
+            yield from _groups(cls, path, choice or when, here)
 
 
 def _limits(field: ConfigField) -> str:

@@ -62,11 +62,18 @@ def unknown_key(key: str, parent: str, section: type[Section], when: str) -> str
     below = key.removeprefix(f"{parent}.").partition(".")[0]
     path = f"{parent}.{below}" if parent else below
     refused = f"{key}: no such key" + (f" in {parent}.type {when}" if when else "")
-    owners = dict.fromkeys(field.when for field in all_fields() if field.path in (path, f"{path}.type"))
+    owners = _owners(path)
     if owners:
         return _one_line(f"{refused}; {path} belongs to {parent}.type {' or '.join(owners)}")
     allowed = ", ".join(section.model_fields)
     return _one_line(f"{refused};{_guess(key, below, list(section.model_fields))} allowed: {allowed}")
+
+
+def _owners(path: str) -> list[str]:
+    """The types of section that have this value or section."""
+    direct = dict.fromkeys(field.when for field in all_fields() if field.path in (path, f"{path}.type"))
+    inside = dict.fromkeys(field.when for field in all_fields() if field.path.rpartition(".")[0] == path)
+    return list(direct or inside)
 
 
 def _guess(key: str, below: str, siblings: list[str]) -> str:

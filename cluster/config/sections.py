@@ -59,6 +59,19 @@ class FractionSplit(Section):
 Split = Annotated[ListedSplit | MetadataSplit | FractionSplit, Field(discriminator="type")]
 
 
+class Augment(Section):
+    """Random affine distortion of every image of split train, about its centre and each by itself; all zeros: off."""
+
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Largest turn either way, degrees."""
+    scale: float = Field(default=0.0, ge=0, lt=1)
+    """Largest change of size, larger or smaller, as a fraction of it."""
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest shift along the width and along the height, as a fraction of the side."""
+    shear: float = Field(default=0.0, ge=0, le=60)
+    """Largest shear either way, degrees."""
+
+
 class GlyphsData(Section):
     """The embedded source: characters of many scripts in real typefaces, split by script. Needs no file."""
 
@@ -67,6 +80,8 @@ class GlyphsData(Section):
     """Height and width of a sample, pixels."""
     rotations: bool = False
     """Whether 90° rotations are extra classes in training (never in evaluation)."""
+    augment: Augment = Augment()
+    """How training images are distorted."""
 
 
 class StoreData(Section):
@@ -77,6 +92,8 @@ class StoreData(Section):
     """How classes are split."""
     rotations: bool = False
     """Whether 90° rotations are extra classes in training (never in evaluation); square images only."""
+    augment: Augment = Augment()
+    """How training images are distorted; images only."""
 
 
 class SinusoidData(Section):

@@ -29,7 +29,8 @@ def open_source(config: RunConfig) -> EpisodeSource:
         case GlyphsData() as data:
             from cluster.episodes.glyphs import GLYPHS_SPLIT, glyphs_store
 
-            return StoreSource(EpisodeStore.open(glyphs_store(data.size)), GLYPHS_SPLIT, config.seed, data.rotations)
+            store = EpisodeStore.open(glyphs_store(data.size))
+            return StoreSource(store, GLYPHS_SPLIT, config.seed, data.rotations, data.augment)
         case StoreData() as data:
             path = config.execution.store
             if path is None:
@@ -37,4 +38,4 @@ def open_source(config: RunConfig) -> EpisodeSource:
                     f"recipe {config.name!r} reads an episode store and none is given: add --store STORE "
                     "(make one with `metafleet ingest`)"
                 )
-            return StoreSource(EpisodeStore.open(Path(path)), data.split, config.seed, data.rotations)
+            return StoreSource(EpisodeStore.open(Path(path)), data.split, config.seed, data.rotations, data.augment)

@@ -1,8 +1,9 @@
 """Episodes of an episode store, rebuilt from their ids: (seed, split, episode id) decides an episode completely.
 
-    classes   ``way`` of the split's classes without replacement, purpose "classes"
-    samples   ``shot + query`` of each class's samples without replacement, purpose "samples", one lane a class slot;
-              the first ``shot`` are the support set
+    classes     ``way`` of the split's classes without replacement, purpose "classes"
+    samples     ``shot + query`` of each class's samples without replacement, purpose "samples", one lane a class slot;
+                the first ``shot`` are the support set
+    distortion  of each training image where ``augment`` asks for it, purpose "augment", one lane a class slot
 
 Growing ``query`` changes neither the classes nor the support set; growing ``way`` adds classes after the same first
 ones. Per batch there is one draw of words for each purpose, one gather from the memory map, one conversion to float32:
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from cluster import keys
-from cluster.config.sections import FractionSplit, ListedSplit, MetadataSplit
+from cluster.config.sections import Augment, FractionSplit, ListedSplit, MetadataSplit
+from cluster.episodes import augment as augmentation
 from cluster.episodes.groups import Groups
 from cluster.episodes.splits import ClassSplits, resolve
 from cluster.episodes.types import Episodes
@@ -73,22 +75,31 @@ class StoreSource:
     """Episodes of an episode store with a class split; an ``EpisodeSource``.
 
     With ``rotations``, a class of split train counts four times, turned by 0, 90, 180 and 270 degrees; an episode may
-    hold two turns of one character as two classes. Other splits are never turned.
+    hold two turns of one character as two classes. With ``augment``, each image of split train is then distorted by
+    itself. Other splits are never turned nor distorted.
 
     Raises:
         SplitError: the split does not fit the store (see ``splits.resolve``); or rotations of samples that are not
-            square images; or a metadata column with a reserved name.
+            square images; or distortion of samples that are not images; or a metadata column with a reserved name.
     """
 
     def __init__(
-        self, store: SampleStore, split: ListedSplit | MetadataSplit | FractionSplit, seed: int, rotations: bool
+        self,
+        store: SampleStore,
+        split: ListedSplit | MetadataSplit | FractionSplit,
+        seed: int,
+        rotations: bool,
+        augment: Augment = augmentation.OFF,
     ) -> None:
         shape = store.sample_shape
         if rotations and (len(shape) != 3 or shape[1] != shape[2]):
             raise SplitError(f"rotations need square images, the store's samples are {shape}; set rotations to false")
+        if augment != augmentation.OFF and len(shape) != 3:
+            raise SplitError(f"augment distorts images, the store's samples are {shape}; leave data.augment out")
         self._store = store
         self._seed = seed
         self._rotations = rotations
+        self._augment = augment
         self._splits: ClassSplits = resolve(split, store.classes, store.class_metadata)
         self._smallest = {name: _smallest(store.class_count, self._splits[name]) for name in get_args(SplitName)}
         self._grouped: dict[tuple[SplitName, str], Groups] = {}
@@ -110,6 +121,11 @@ class StoreSource:
     def splits(self) -> ClassSplits:
         """The classes of each split."""
         return self._splits
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the store's order."""
+        return self._store.classes
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -174,7 +190,7 @@ class StoreSource:
         classes, turns = self._draw_classes(split, ids, way) if within is None else self._draw(split, ids, way, within)
         drawn = keys.lane_words(self._seed, "samples", split, ids, way, shot + query)
         rows = keys.choose(drawn, self._store.class_count[classes]) + self._store.class_start[classes][..., None]
-        support, queries = self._gather(rows, turns, shot)
+        support, queries = self._gather(rows, turns, self._maps(split, ids, way, shot + query), shot)
         labels = torch.arange(way)
         return Episodes(
             ids=ids,
@@ -205,6 +221,14 @@ class StoreSource:
         picks = keys.choose(keys.words(self._seed, "classes", split, ids, way), groups.count[group])
         return groups.classes[groups.start[group][:, None] + picks], np.repeat((drawn % turns)[:, None], way, 1)
 
+    def _maps(self, split: SplitName, ids: np.ndarray, way: int, samples: int) -> np.ndarray | None:
+        """The inverse map of every sample, float32 ``[episode, way, sample, 2, 3]``; None where none is distorted."""
+        if self._augment == augmentation.OFF or split != "train":
+            return None
+        _, height, width = self._store.sample_shape
+        numbers = augmentation.draw(self._seed, split, ids, way, samples)
+        return augmentation.inverse_maps(self._augment, numbers, height, width)
+
     def _groups(self, split: SplitName, column: str) -> Groups:
         if column not in self._columns:
             known = ", ".join(self._columns) or "none"
@@ -213,18 +237,18 @@ class StoreSource:
             self._grouped[split, column] = Groups.of(column, self._columns[column], self._splits[split])
         return self._grouped[split, column]
 
-    def _gather(self, rows: np.ndarray, turns: np.ndarray, shot: int) -> tuple[Tensor, Tensor]:
+    def _gather(self, rows: np.ndarray, turns: np.ndarray, maps: np.ndarray | None, shot: int) -> tuple[Tensor, Tensor]:
         """Samples at ``rows`` (``[episode, way, shot + query]``) as support and query tensors, class by class."""
         episodes, way, per_class = rows.shape
         cut = episodes * way * shot
-        flat = np.concatenate([rows[..., :shot].reshape(-1), rows[..., shot:].reshape(-1)])
-        taken = self._store.samples.take(flat, axis=0)
+        taken = self._store.samples.take(_support_first(rows, shot), axis=0)
         if turns.any():
-            support_turns, query_turns = np.repeat(turns, shot), np.repeat(turns, per_class - shot)
-            _rotate(taken, np.concatenate([support_turns, query_turns]))
+            _rotate(taken, _support_first(np.repeat(turns[..., None], per_class, axis=-1), shot))
         x = torch.from_numpy(taken)
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).mul_(1 / 255)
+        if maps is not None:
+            x = augmentation.distort(x, torch.from_numpy(_support_first(maps, shot)))
         shape = self._store.sample_shape
         return x[:cut].view(episodes, way * shot, *shape), x[cut:].view(episodes, way * (per_class - shot), *shape)
 
@@ -232,6 +256,12 @@ class StoreSource:
 def _smallest(class_count: np.ndarray, rows: np.ndarray) -> int:
     """The class of ``rows`` with the fewest samples; −1 where there is no class, and so no episode of any way."""
     return int(rows[class_count[rows].argmin()]) if len(rows) else -1
+
+
+def _support_first(each: np.ndarray, shot: int) -> np.ndarray:
+    """What each sample has, ``[episode, way, shot + query, *n]``, as ``[sample, *n]``: support, then queries."""
+    shape = (-1, *each.shape[3:])
+    return np.concatenate([each[:, :, :shot].reshape(shape), each[:, :, shot:].reshape(shape)])
 
 
 def _rotate(images: np.ndarray, turns: np.ndarray) -> None:

@@ -30,6 +30,8 @@ EXECUTION = ("evaluation", "execution")
 """Sections that a resume may change."""
 BASES = {
     ("data", "store"): STORE,
+    ("data.augment", "glyphs"): [("data.type", "glyphs")],
+    ("data.augment", "store"): STORE,
     ("data.split", "store"): STORE,
     ("data.split", "lists"): LISTS,
     ("data.split", "metadata"): METADATA,
@@ -199,7 +201,7 @@ def test_a_missing_section_means_its_defaults() -> None:
     sections = [
         info.default for info in (*RunConfig.model_fields.values(), *StoreData.model_fields.values()) if members(info)
     ]
-    assert len(sections) == 11
+    assert len(sections) == 12
     assert all(section == type(section)() for section in sections)
 
 
