@@ -278,6 +278,44 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
     _report(as_json, lambda: commands.evaluate(run, commands.EvaluationOptions(**request), as_json=as_json))
 
 
+@app.command(short_help="Show where an attention learner looks.")
+@click.argument("run", type=_path)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Classes to draw from; test when not given, all for another store.",
+)
+@click.option(
+    "--episode",
+    type=click.IntRange(min=0, max=10**9),
+    metavar="E",
+    default=0,
+    show_default=True,
+    help="Which episode of the split.",
+)
+@click.option(
+    "--picture", type=_path, metavar="PNG", help="Where to draw it; attention.png in the run directory when not given."
+)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Best by validation, or last.",
+)
+@click.option("--store", type=_path, metavar="STORE", help="Another episode store, taken as a whole.")
+@_json
+def attention(run: Path, as_json: bool, **request: Any) -> None:
+    """Show where the attention learner trained in directory RUN looks, on one episode of those that evaluate draws.
+
+    Says how much of each query's attention falls on support samples of the right class, and draws which samples, and
+    with learner.spatial which places on them, some queries look at.
+    """
+    from coordinator import commands
+
+    _report(as_json, lambda: commands.attention(run, commands.AttentionOptions(**request), as_json=as_json))
+
+
 @app.command(short_help="Recompute a run from its log.")
 @click.argument("run", type=_path)
 @click.option(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config.learners import AttentionLearner
 from cluster.config.loading import (
     DEFAULT_RECIPE,
     RESOLVED_NAME,
@@ -92,6 +93,39 @@ def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:
     from coordinator.evaluate import evaluate_command
 
     return evaluate_command(run, options, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What ``metafleet attention`` was asked for."""
+
+    store: Path | None = None
+    """Another store."""
+    split: SplitName | None = None
+    """``None`` stands for test, or for all of another store."""
+    episode: int = 0
+    """Episode id."""
+    picture: Path | None = None
+    """The PNG to write; ``None`` stands for one in the run directory."""
+    checkpoint: Literal["best", "last"] = "best"
+
+
+def attention(run: Path, options: AttentionOptions, *, as_json: bool) -> Report:
+    """Show where the queries of one held-out episode look.
+
+    RunDirectoryError: ``run`` is none. ConfigError: its learner is no attention learner.
+    """
+    _check_run(run)
+    learner = load_resolved(run / RESOLVED_NAME).learner
+    if not isinstance(learner, AttentionLearner):
+        raise ConfigError(
+            f"{run} was trained with learner.type {learner.type}, and only learner.type attention shows where it "
+            "looks: train one, say by `metafleet train glyphs-attention`"
+        )
+
+    from coordinator.attention import attention_command
+
+    return attention_command(run, options, as_json=as_json)
 
 
 def replay(run: Path, until: int | None, shard: int | None, store: Path | None, *, as_json: bool) -> Report:

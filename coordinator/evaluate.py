@@ -17,6 +17,7 @@ from cluster.device import prepare
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
 from cluster.errors import CheckpointError, ConfigError
+from cluster.messages import SplitName
 from coordinator import checkpoint as checkpoints
 from coordinator.capacity import refuse_unaffordable
 from coordinator.commands import EvaluationOptions
@@ -44,13 +45,13 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
     identity, config = directory.identity(), load_resolved(directory.config)
     check_config(directory, identity, config)
     request = _request(config, options)
-    config = _execution(_data(config, options), options)
+    config = _execution(with_store(config, options.store, options.split), options)
     prepare("cpu", threads=1)
     source = open_source(config)
-    _check_source(identity, source, options.store)
+    check_held_out(identity, source, options.store)
     source.check(request.split, request.way, request.shot, request.query, request.within)
     learner = build_learner(config, source.sample_shape)
-    path, chosen = _choose(directory, options.checkpoint)
+    path, chosen = choose_checkpoint(directory, options.checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
     refuse_unaffordable(config)
     if options.checkpoint != chosen:
@@ -83,8 +84,12 @@ def _size(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> tuple[Path, Literal["best", "last"]]:
-    """The checkpoint that is wanted, and which it is: the last one where no validation has named a best."""
+def choose_checkpoint(run: RunDirectory, wanted: Literal["best", "last"]) -> tuple[Path, Literal["best", "last"]]:
+    """The checkpoint that is wanted, and which it is: the last one where no validation has named a best.
+
+    Raises:
+        CheckpointError: the run has none yet.
+    """
     found = checkpoints.list_checkpoints(run.checkpoints)
     if not found:
         raise CheckpointError(
@@ -94,8 +99,12 @@ def _choose(run: RunDirectory, wanted: Literal["best", "last"]) -> tuple[Path, L
     return (best, "best") if wanted == "best" and best is not None else (found[-1], "last")
 
 
-def _check_source(identity: RunIdentity, source: EpisodeSource, other: Path | None) -> None:
-    """Refuse data that is neither the run's own nor another store of equal samples."""
+def check_held_out(identity: RunIdentity, source: EpisodeSource, other: Path | None) -> None:
+    """Refuse data that is neither the run's own nor another store of equal samples.
+
+    Raises:
+        CheckpointError: other data than the run's, or another store with samples of another shape.
+    """
     if other is None:
         check_source(identity, source.digest, source.split_digest)
     elif tuple(source.sample_shape) != tuple(identity.sample_shape):
@@ -105,22 +114,22 @@ def _check_source(identity: RunIdentity, source: EpisodeSource, other: Path | No
         )
 
 
-def _data(config: RunConfig, options: EvaluationOptions) -> RunConfig:
-    """The configuration with another store in the place of the run's data."""
-    if options.store is None:
+def with_store(config: RunConfig, store: Path | None, split: SplitName | None) -> RunConfig:
+    """The configuration with another store, if there is one, in the place of the run's data.
+
+    Raises:
+        ConfigError: regression, or a ``split`` that is not defined on another store.
+    """
+    if store is None:
         return config
     if config.regression:
-        raise ConfigError(
-            f"--store {options.store}: recipe {config.name!r} is regression on its own source; leave --store out"
-        )
+        raise ConfigError(f"--store {store}: recipe {config.name!r} is regression on its own source; leave --store out")
     data = config.data
-    if options.split in (None, "all"):
+    if split in (None, "all"):
         data = StoreData(split=FractionSplit(val=0.0, test=0.0))
     elif not isinstance(data, StoreData):
-        raise ConfigError(
-            f"--split {options.split} is not defined on another store for data.type {data.type}: use --split all"
-        )
-    return with_execution(config.model_copy(update={"data": data}), store=str(options.store.absolute()))
+        raise ConfigError(f"--split {split} is not defined on another store for data.type {data.type}: use --split all")
+    return with_execution(config.model_copy(update={"data": data}), store=str(store.absolute()))
 
 
 def _execution(config: RunConfig, options: EvaluationOptions) -> RunConfig:

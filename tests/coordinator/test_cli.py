@@ -104,7 +104,9 @@ def test_train_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> Non
 def test_help_lists_the_commands_in_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     lines = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in lines] == ["train", "evaluate", "replay", "ingest", "inspect", "recipes"]
+    assert [line.split()[0] for line in lines] == [
+        "train", "evaluate", "attention", "replay", "ingest", "inspect", "recipes",
+    ]  # fmt: skip
 
 
 def test_every_reporting_command_takes_json() -> None:
@@ -235,7 +237,7 @@ def test_resume_refuses(
     assert trained == []
 
 
-@pytest.mark.parametrize("command", [["train", "--resume"], ["evaluate"], ["replay"]])
+@pytest.mark.parametrize("command", [["train", "--resume"], ["evaluate"], ["attention"], ["replay"]])
 def test_a_folder_that_is_no_run_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str]
 ) -> None:
