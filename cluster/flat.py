@@ -19,6 +19,11 @@ Tensors = dict[str, Tensor]
 """Named tensors in a fixed order (the order of insertion)."""
 
 
+def some_tensor(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The first of them, where they share device and dtype."""
+    return next(iter(tensors.values()))
+
+
 @dataclass(frozen=True)
 class FlatSpec:
     """The layout of named tensors in one flat buffer: names, shapes and offsets in elements.

@@ -63,11 +63,11 @@ def _text(text: str) -> np.ndarray:
     return vector / length if length else vector
 
 
-def episode_features(episodes: Episodes, columns: Sequence[str]) -> Float[Tensor, "episode features"]:
-    """The `task_features` of each episode."""
-    metadata = encode(episodes.metadata, episodes.support_x)
+def episode_features(episodes: Episodes, columns: Sequence[str], like: Tensor) -> Float[Tensor, "episode features"]:
+    """The `task_features` of each episode, on the device and in the dtype of ``like``."""
+    metadata = encode(episodes.metadata, like)
     each = ({name: rows[e] for name, rows in metadata.items()} for e in range(len(episodes)))
-    return torch.stack([task_features(one, columns, episodes.support_x) for one in each])
+    return torch.stack([task_features(one, columns, like) for one in each])
 
 
 def features_width(columns: Sequence[str]) -> int:

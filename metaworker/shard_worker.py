@@ -21,7 +21,7 @@ from cluster.config.run import RunConfig
 from cluster.device import fingerprint, fingerprint_detail, prepare
 from cluster.episodes.types import Episodes, EpisodeSource
 from cluster.faults import Fault, fail_at
-from cluster.flat import FlatSpec, Tensors
+from cluster.flat import FlatSpec, Tensors, some_tensor
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, Published, ShardStatistics, ShardTask
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context, Learner, ShardResult
@@ -154,7 +154,7 @@ def evaluate_episodes(
         return torch.stack([learner.predict(task, query_x) for task in tasks])
 
     with torch.no_grad():
-        metadata = encode(episodes.metadata, episodes.support_x)
+        metadata = encode(episodes.metadata, some_tensor(theta))
         predicted = vmap(outputs)(episodes.support_x, episodes.support_y, episodes.query_x, metadata)
         targets = episodes.query_y[:, None]
         if regression:

@@ -258,7 +258,7 @@ class AttentionLearner(LearnerSection):
     heads: int = Field(default=4, ge=1)
     """Heads of kind multihead, a divisor of units."""
     hard: bool = False
-    """Whether each query reads one support sample, by a straight-through Gumbel-softmax estimate of the gradient."""
+    """Whether each head reads one support sample a query; the gradient is then a straight-through estimate."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the scores before the softmax; of hard attention only in the gradient, whose bias falls with it."""
     self_attention: bool = True

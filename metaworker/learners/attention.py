@@ -29,7 +29,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from cluster.config import learners
@@ -261,7 +261,7 @@ def attention_head(section: learners.AttentionLearner, backbone: Backbone, way: 
 
 
 def attention_weights(
-    learner: EmbeddingLearner, task: Task, query_x: Float[Tensor, "query *sample"]
+    learner: EmbeddingLearner, task: Task, query_x: Shaped[Tensor, "query *sample"]
 ) -> AttentionWeights:
     """Where an adapted model of an attention learner looks, to judge ``query_x``.
 

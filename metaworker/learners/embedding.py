@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from cluster import keys
 from cluster.config.sections import BatchNorm
 from cluster.episodes.types import Episodes
-from cluster.flat import Tensors
+from cluster.flat import Tensors, some_tensor
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import CLASSIFICATION
@@ -34,6 +34,7 @@ from metaworker.learners.vectorise import differentiate
 from metaworker.metadata import episode_features, task_features
 from metaworker.models.base import Backbone, Initialiser
 from metaworker.models.layers import EPSILON
+from metaworker.models.memory import one_hot
 
 PREFIX = "head/"
 """Of the names of what is a head's, in θ and in the learner state."""
@@ -211,19 +212,19 @@ class EmbeddingLearner:
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Int[Tensor, "support"],
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
         """One task model: θ with the support set that it compares queries to."""
-        statistics = given_statistics(self.batch_norm, _encoders(state), training=False)
+        statistics = given_statistics(self.batch_norm, _encoders(state))
         if self.batch_norm == "support":
             statistics = self.backbone(theta, support_x, None)[1] or None
         samples = {"support_x": support_x, "support_y": support_y}
-        told = {"state": own(state), "features": task_features(metadata, self.head.columns, support_x)}
+        told = {"state": own(state), "features": task_features(metadata, self.head.columns, some_tensor(theta))}
         return [{"parameters": theta, "statistics": statistics, **samples, **told}]
 
-    def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Float[Tensor, "query way"]:
+    def predict(self, task: Task, query_x: Shaped[Tensor, "query *sample"]) -> Float[Tensor, "query way"]:
         """The head's logits."""
         parameters, support, query = self.embed(task, query_x)
         return self.head_of(task).logits(parameters, support, task["support_y"], query)
@@ -233,7 +234,7 @@ class EmbeddingLearner:
         return self.head.given(task["state"], task["features"])
 
     def embed(
-        self, task: Task, query_x: Float[Tensor, "query *sample"]
+        self, task: Task, query_x: Shaped[Tensor, "query *sample"]
     ) -> tuple[Tensors, Float[Tensor, "support embedding"], Float[Tensor, "query embedding"]]:
         """What the head is given: its parameters, and the embeddings of the support set and of queries."""
         x = torch.cat([task["support_x"], query_x])
@@ -248,7 +249,8 @@ class EmbeddingLearner:
         kept, looped = own(state), None
         if self.batch_norm != "support":  # fused kernels give no gradient to statistics that others use
             looped = partial(replace(self, backbone=self.backbone.fused())._score, kept)
-        besides = self._noise(episodes) | {"features": episode_features(episodes, self.head.columns)}
+        like = some_tensor(theta)
+        besides = self._noise(episodes, like) | {"features": episode_features(episodes, self.head.columns, like)}
         score = partial(self._score, kept)
         return differentiate(theta, episodes, context.chunk, score, looped_score=looped, extra=besides)
 
@@ -278,18 +280,18 @@ class EmbeddingLearner:
         proposed = head.proposal(fixed, support.detach(), support_y, query.detach(), query_y)
         return loss, CLASSIFICATION.metric(logits, query_y), observed | _named(proposed)
 
-    def _noise(self, episodes: Episodes) -> Tensors:
+    def _noise(self, episodes: Episodes, like: Tensor) -> Tensors:
         """The head's uniform numbers, ``[episode, noise]``, drawn by (seed, episode id); none if it takes none."""
         count = self.head.noise(episodes.support_x.shape[1], episodes.query_x.shape[1])
         if not count:
             return {}
         drawn = keys.uniforms(self.seed, "head noise", "train", episodes.ids, count)
-        return {"noise": torch.from_numpy(drawn).to(episodes.support_x)}
+        return {"noise": torch.from_numpy(drawn).to(like)}
 
 
 def members(labels: Int[Tensor, "sample"], way: int, dtype: torch.dtype) -> Float[Tensor, "way sample"]:
     """Which samples are of which class: 1 or 0."""
-    return (labels[None, :] == torch.arange(way, device=labels.device)[:, None]).to(dtype)
+    return one_hot(labels, way, dtype).T
 
 
 def by_class(

@@ -9,8 +9,10 @@ the oldest, and workers read the bank of their version of θ. Entries come witho
 that the meta-gradient with respect to encoder, W, M, G and B is ``exact`` for the bank as it is. G and B start at zero:
 the untrained learner, one with an empty bank, and one with ``use_bank`` off are Prototypical Networks (arXiv
 1703.05175). Keys are fixed features of the metadata (`metaworker.metadata`) and W is applied when they are read, so
-that old keys stay valid; values age with the encoder that made them, which the capacity bounds. No paper's: the bank of
-tasks follows the idea of memory-augmented networks (arXiv 1605.06065), with tasks instead of samples in it.
+that old keys stay valid. A past task's labels enter as what they say of its samples, the means and spreads of its
+classes: its names for them mean nothing in another task. Values age with the encoder that made them, which the capacity
+bounds. No paper's: the bank of tasks follows the idea of memory-augmented networks (arXiv 1605.06065), with tasks
+instead of samples in it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from metaworker.metadata import features_width
 from metaworker.models.base import Initialiser
 
 KEYS, VALUES, WRITTEN = "keys", "values", "written"
-"""The bank: keys ``[capacity, features]``, values ``[capacity, 3 · embedding]``, how many were ever written ``[1]``."""
+"""The bank: keys ``[capacity, features]``, values ``[capacity, 3 · embedding]``, how many were written, ``[1]``;
+once it is full, ``capacity`` and how many since its first place was written last."""
 
 MIX = 32
 """Width through which what was read reaches the embeddings."""
@@ -98,10 +101,8 @@ class EpisodicMemory(Head):
     ) -> Tensors:
         """The task's metadata; the mean and the spread of its prototypes, and the spread within its classes."""
         assert self.features is not None
-        embedded, member = (
-            torch.cat([support, query]),
-            members(torch.cat([labels, query_labels]), self.way, query.dtype),
-        )
+        embedded = torch.cat([support, query])
+        member = members(torch.cat([labels, query_labels]), self.way, query.dtype)
         prototypes = (member @ embedded) / member.sum(1, keepdim=True)
         centre = prototypes.mean(0)
         between = (prototypes - centre).square().mean(0)
@@ -117,14 +118,14 @@ class EpisodicMemory(Head):
             for key, value in zip(proposal[KEYS], proposal[VALUES], strict=True):
                 place = int(bank[WRITTEN][0]) % self.capacity
                 bank[KEYS][place], bank[VALUES][place] = key, value
-                bank[WRITTEN] += 1
+                # Beyond the capacity only the place counts: float32 would stop counting at 2²⁴.
+                bank[WRITTEN][0] = place + 1 + (self.capacity if bank[WRITTEN] >= self.capacity else 0)
         return bank
 
     def _read(self, lookup: Float[Tensor, "key features"]) -> Float[Tensor, "value"]:
-        """What the bank holds on tasks with such features; zeros while it is empty."""
-        if not self.use_bank or self.features is None:
-            return lookup.new_zeros(3 * self.embedding)
+        """What the bank holds on tasks with such features; zeros while it is empty or not used."""
+        assert self.features is not None
         scores = (self.bank[KEYS] @ lookup.T) @ (lookup @ self.features) / math.sqrt(self.key_width)
-        there = torch.arange(self.capacity, device=scores.device) < self.bank[WRITTEN]
+        there = torch.arange(self.capacity, device=scores.device) < self.bank[WRITTEN] * self.use_bank
         weights = torch.softmax(torch.where(there, scores, scores.new_tensor(-1e9)), 0)
         return (weights * there) @ self.bank[VALUES]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.func import grad
 
@@ -23,6 +23,9 @@ from metaworker.learners.base import Task
 from metaworker.learners.normalisation import commit_running_statistics, given_statistics
 from metaworker.learners.objective import Objective
 from metaworker.models.base import Backbone
+
+RATE = "rate/"
+"""Before a parameter's name: its learned step sizes."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Network:
 
     def evaluation_statistics(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         """Statistics to normalise an evaluation's support set with; ``None`` for its own."""
-        return given_statistics(self.batch_norm, state, training=False)
+        return given_statistics(self.batch_norm, state)
 
     def gradient(
         self,
@@ -112,7 +115,7 @@ class GradientBased(ABC):
         """Running batch statistics."""
         return self.network.backbone.statistics()
 
-    def predict(self, task: Task, query_x: Float[Tensor, "query *sample"]) -> Tensor:
+    def predict(self, task: Task, query_x: Shaped[Tensor, "query *sample"]) -> Tensor:
         """The adapted network's outputs."""
         return self.network.backbone(task["parameters"], query_x, task["statistics"])[0]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from cluster.episodes.types import Episodes
@@ -46,7 +46,7 @@ class MAML(GradientBased):
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:

@@ -21,18 +21,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from metaworker.inner_loop import rated_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
-from metaworker.learners.gradient_based import GradientBased, Network
+from metaworker.learners.gradient_based import RATE, GradientBased, Network
 from metaworker.learners.vectorise import differentiate
 
-RATE = "rate/"
-"""Before a parameter's name: its step sizes."""
 PER_STEP = ("scale.", "shift.")
 """What the names of batch-norm's own parameters start with."""
 
@@ -68,7 +66,7 @@ class MAMLpp(GradientBased):
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:

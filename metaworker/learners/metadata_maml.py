@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from cluster import keys
 from cluster.episodes.types import Episodes
-from cluster.flat import Tensors
+from cluster.flat import Tensors, some_tensor
 from metaworker.inner_loop import gradient_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
@@ -62,12 +62,12 @@ class MetadataMAML(GradientBased):
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:
         """``eval_steps`` steps of gradient descent from the task's initialisation."""
-        start = self.initialisation(theta, task_features(metadata, self.columns, support_x))
+        start = self.initialisation(theta, task_features(metadata, self.columns, some_tensor(theta)))
         given = self.network.evaluation_statistics(state)
         gradient = self.network.gradient(support_x, support_y, given)
         trajectory = gradient_descent(gradient, start, self.inner_lr, self.eval_steps, first_order=True)
@@ -77,7 +77,7 @@ class MetadataMAML(GradientBased):
         self, theta: Mapping[str, Tensor], state: Mapping[str, Tensor], episodes: Episodes, context: Context
     ) -> ShardResult:
         """Differentiate the query loss after ``inner_steps`` steps."""
-        features = {"features": episode_features(episodes, self.columns)}
+        features = {"features": episode_features(episodes, self.columns, some_tensor(theta))}
         fused, score = self.network.fused(), self.network.score
         looped = fused.score if fused else None
         return differentiate(theta, episodes, context.chunk, score, self._adapt, looped, features)

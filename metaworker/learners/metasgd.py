@@ -13,18 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from metaworker.inner_loop import InnerGradient, rated_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
-from metaworker.learners.gradient_based import GradientBased, Network
+from metaworker.learners.gradient_based import RATE, GradientBased, Network
 from metaworker.learners.vectorise import differentiate
-
-RATE = "rate/"
-"""Before a parameter's name: its step sizes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class MetaSGD(GradientBased):
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:

@@ -20,9 +20,9 @@ MOMENTUM = 0.05
 """Share of a commit's mean statistics in the new running averages."""
 
 
-def given_statistics(mode: BatchNorm, state: Mapping[str, Tensor], training: bool) -> Mapping[str, Tensor] | None:
-    """Statistics to normalise the support set with: running averages where the mode says so, else its own (None)."""
-    return state if mode == "running" and not training and state else None
+def given_statistics(mode: BatchNorm, state: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """An evaluation's statistics of the support set: running averages where the mode says so, else its own (None)."""
+    return state if mode == "running" and state else None
 
 
 def commit_running_statistics(

@@ -28,6 +28,7 @@ from metaworker.learners.embedding import Head, members
 from metaworker.models.base import Backbone, Initialiser
 from metaworker.models.conv4 import Conv4
 from metaworker.models.layers import EPSILON, conv3x3
+from metaworker.models.memory import one_hot
 
 BLOCKS = 2
 SMALLEST = 2
@@ -109,7 +110,7 @@ class RelationModule(Head):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "query way"]]:
         """Squared error of the relation scores."""
         logits = self.logits(parameters, support, labels, query)
-        same = members(query_labels, self.way, logits.dtype).T
+        same = one_hot(query_labels, self.way, logits.dtype)
         return (torch.sigmoid(logits) - same).square().mean(), logits
 
     def _flat_size(self) -> int:

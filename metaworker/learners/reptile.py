@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from cluster import keys
@@ -60,7 +60,7 @@ class Reptile(GradientBased):
         self,
         theta: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        support_x: Float[Tensor, "support *sample"],
+        support_x: Shaped[Tensor, "support *sample"],
         support_y: Tensor,
         metadata: Mapping[str, Tensor],
     ) -> Sequence[Task]:

@@ -4,8 +4,10 @@
 
 X ``[support, embedding + 1]`` holds the support embeddings and a column of ones (the bias, regularised as the weights
 are, as in the authors' code), Y ``[support, way]`` is one-hot, q ``[query, embedding + 1]``. By Woodbury's identity the
-system to solve is of the size of the support set, not of the embedding's. λ > 0 (its logarithm is learned), scale α
-and shift β are meta-parameters; as all classes share β, the cross-entropy leaves it where it starts.
+system to solve is of the size of the support set, not of the embedding's; where there are more support samples than
+coordinates it is W = (Xᵀ X + λ I)⁻¹ Xᵀ Y, as in the authors' code: the other is all but singular then. λ > 0 (its
+logarithm is learned), scale α and shift β are meta-parameters; as all classes share β, the cross-entropy leaves it
+where it starts.
 
 The meta-gradient is ``exact``: autograd goes through the solve. Departs from the authors' code: no division of X and Y
 by √support, which λ and α make up for at a given number of support samples.
@@ -23,8 +25,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
-from metaworker.learners.embedding import Head, members
+from metaworker.learners.embedding import Head
 from metaworker.models.base import Initialiser
+from metaworker.models.memory import one_hot
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class RidgeRegression(Head):
     ) -> Float[Tensor, "query way"]:
         """α q W + β."""
         x, q = (F.pad(embedded, (0, 1), value=1.0) for embedded in (support, query))
-        identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-        system = x @ x.T + parameters["log_lambda"].exp() * identity
-        weights: Tensor = x.T @ torch.linalg.solve(system, members(labels, self.way, x.dtype).T)
+        y, penalty = one_hot(labels, self.way, x.dtype), parameters["log_lambda"].exp()
+        identity = torch.eye(min(x.shape), dtype=x.dtype, device=x.device)
+        if len(x) <= x.shape[1]:
+            weights: Tensor = x.T @ torch.linalg.solve(x @ x.T + penalty * identity, y)
+        else:
+            weights = torch.linalg.solve(x.T @ x + penalty * identity, x.T @ y)
         return parameters["scale"] * (q @ weights) + parameters["shift"]

@@ -30,9 +30,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cluster.flat import Tensors
-from metaworker.learners.embedding import SequentialHead, members
+from metaworker.learners.embedding import SequentialHead
 from metaworker.models.attention import layer_norm
 from metaworker.models.base import Initialiser
+from metaworker.models.memory import linear, one_hot
 
 OUTPUT_DEVIATION = 0.1
 """Of the output's initial weights times √channels, besides those that read labels."""
@@ -82,19 +83,19 @@ class SNAIL(SequentialHead):
         result: Tensors = {}
         width = self.size + self.way
 
-        def linear(name: str, outputs: int, inputs: int) -> None:
+        def add(name: str, outputs: int, inputs: int) -> None:
             result[f"{name}.weight"] = normal(f"{name}.weight", (outputs, inputs)) / math.sqrt(inputs)
             result[f"{name}.bias"] = torch.zeros(outputs)
 
         for block, (keys, values) in enumerate(self.attention_sizes):
-            linear(f"attention.{block}.query", keys, width)
-            linear(f"attention.{block}.key", keys, width)
-            linear(f"attention.{block}.value", values, width)
+            add(f"attention.{block}.query", keys, width)
+            add(f"attention.{block}.key", keys, width)
+            add(f"attention.{block}.value", values, width)
             width += values
             for i in range(len(self.dilations) if block < 2 else 0):
-                linear(f"temporal.{block}.{i}", 2 * self.filters, 2 * width)
+                add(f"temporal.{block}.{i}", 2 * self.filters, 2 * width)
                 width += self.filters
-        linear("output", self.way, width)
+        add("output", self.way, width)
         return result | self._similarity(result)
 
     def logits(
@@ -105,15 +106,15 @@ class SNAIL(SequentialHead):
         query: Float[Tensor, "query embedding"],
     ) -> Float[Tensor, "query way"]:
         """What the last steps say."""
-        known = members(labels, self.way, support.dtype).T
+        known = one_hot(labels, self.way, support.dtype)
         unknown = F.pad(layer_norm(query), (0, self.way))
         steps = Steps(torch.cat([layer_norm(support), known], -1), unknown)
         for block in range(len(self.attention_sizes)):
             steps = steps.joined(causal_attention(parameters, f"attention.{block}", steps))
             for i, dilation in enumerate(self.dilations if block < 2 else ()):
                 found = causal_convolution(parameters, f"temporal.{block}.{i}", steps, dilation)
-                steps = steps.joined(Steps(gated(found.support), gated(found.query)))
-        return steps.query @ parameters["output.weight"].T + parameters["output.bias"]
+                steps = steps.joined(Steps(gated_unit(found.support), gated_unit(found.query)))
+        return linear(parameters, "output", steps.query)
 
     def _similarity(self, drawn: Mapping[str, Tensor]) -> Tensors:
         """The initial weights by which labels of similar samples are read."""
@@ -140,7 +141,7 @@ def causal_convolution(parameters: Mapping[str, Tensor], name: str, steps: Steps
     return Steps(support, query)
 
 
-def gated(x: Float[Tensor, "step two_filters"]) -> Float[Tensor, "step filters"]:
+def gated_unit(x: Float[Tensor, "step two_filters"]) -> Float[Tensor, "step filters"]:
     """tanh(xf) σ(xg) of the two halves of the channels."""
     xf, xg = x.chunk(2, -1)
     return torch.tanh(xf) * torch.sigmoid(xg)
@@ -150,8 +151,8 @@ def causal_attention(parameters: Mapping[str, Tensor], name: str, steps: Steps) 
     """What each step reads from itself and those before it."""
 
     def projected(part: str) -> Steps:
-        weight, bias = parameters[f"{name}.{part}.weight"], parameters[f"{name}.{part}.bias"]
-        return Steps(steps.support @ weight.T + bias, steps.query @ weight.T + bias)
+        support, query = (linear(parameters, f"{name}.{part}", x) for x in (steps.support, steps.query))
+        return Steps(support, query)
 
     query, key, value = projected("query"), projected("key"), projected("value")
     scale = 1 / math.sqrt(key.support.shape[-1])

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from cluster.config import learners
-from cluster.config.loading import load_recipe, resolve
+from cluster.config.loading import load_recipe, resolve, shipped_recipes
 from cluster.config.run import RunConfig
 from cluster.config.sections import ConstantSchedule, Execution, SyncAggregator
 from cluster.episodes import open_source
@@ -24,6 +24,7 @@ from metaworker.shard_worker import ShardWorker
 from tests.coordinator.harness import Killed, drive, replayed
 
 TYPES = [section.model_fields["type"].default for section in get_args(get_args(learners.Learner)[0])]
+RECIPES = [recipe.name for recipe in shipped_recipes() if recipe.name.startswith("glyphs-")]
 EPISODES = 480
 """Training episodes of a shortened run."""
 MORE = {"snail": 1920, "memory": 1440, "relational": 1920}
@@ -37,12 +38,13 @@ FLOOR = 0.4
 """Accuracy, 5-way: twice chance."""
 
 every_learner = pytest.mark.parametrize("kind", TYPES)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
-def shortened(kind: str) -> RunConfig:
+def shortened(recipe: str) -> RunConfig:
     """The recipe with a smaller net and fewer versions."""
-    config = resolve(load_recipe(f"glyphs-{kind}"))
-    versions = MORE.get(kind, EPISODES) // (config.shard.episodes * config.shards_per_version)
+    config = resolve(load_recipe(recipe))
+    versions = MORE.get(config.learner.type, EPISODES) // (config.shard.episodes * config.shards_per_version)
     changes: dict[str, Any] = {"steps": versions, "schedule": ConstantSchedule()}
     changes["model"] = config.model.model_copy(update={"channels": CHANNELS})
     changes["evaluation"] = config.evaluation.model_copy(update={"every": 0})
@@ -50,9 +52,9 @@ def shortened(kind: str) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def brief(kind: str) -> RunConfig:
+def brief(recipe: str) -> RunConfig:
     """A few synchronous versions of it."""
-    config = shortened(kind)
+    config = shortened(recipe)
     changes: dict[str, Any] = {"steps": VERSIONS, "aggregator": SyncAggregator(shards=2)}
     return config.model_copy(update=changes)
 
@@ -72,7 +74,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @every_learner
 def test_a_short_run_beats_chance_and_the_untrained_learner(kind: str, tmp_path: Path) -> None:
-    config = shortened(kind)
+    config = shortened(f"glyphs-{kind}")
     driven = drive(config, tmp_path / "run")
     learner = ShardWorker(config, open_source(config)).learner
     before = accuracy(config, MetaState.initial(config, learner))
@@ -80,9 +82,9 @@ def test_a_short_run_beats_chance_and_the_untrained_learner(kind: str, tmp_path:
     assert after > max(before + MARGIN, FLOOR), f"{before:.3f} before, {after:.3f} after {config.steps} versions"
 
 
-@every_learner
-def test_a_killed_run_resumes_to_the_same_bits_and_replays(kind: str, tmp_path: Path) -> None:
-    config = brief(kind)
+@every_recipe
+def test_a_killed_run_resumes_to_the_same_bits_and_replays(recipe: str, tmp_path: Path) -> None:
+    config = brief(recipe)
     whole = drive(config, tmp_path / "whole")
     assert replayed(config, tmp_path / "whole").state.digest == whole.digest
     replies = VERSIONS * config.shards_per_version
@@ -91,12 +93,12 @@ def test_a_killed_run_resumes_to_the_same_bits_and_replays(kind: str, tmp_path: 
     assert drive(config, tmp_path / "run", resume=True).digest == whole.digest
 
 
-@every_learner
-def test_what_a_worker_did_before_changes_no_bit(kind: str) -> None:
-    config = brief(kind)
+@every_recipe
+def test_what_a_worker_did_before_changes_no_bit(recipe: str, tmp_path: Path) -> None:
+    config = brief(recipe)
     source, episodes = open_source(config), config.shard.episodes
     workers = [ShardWorker(config, source, slot) for slot in (0, 1)]
-    published = MetaState.initial(config, workers[0].learner).published
+    published = drive(config, tmp_path / "run").trainer.state.published
     tasks = [ShardTask(shard, shard * episodes, episodes, 0) for shard in range(3)]
     forwards = [workers[0].compute(published, task).digest for task in tasks]
     backwards = [workers[1].compute(published, task).digest for task in reversed(tasks)]

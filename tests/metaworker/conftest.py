@@ -72,9 +72,12 @@ def perturbed() -> Callable[[Learner], tuple[Tensors, Tensors]]:
             return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
 
         theta = {name: tensor.double() + 0.1 * noise(tensor) for name, tensor in learner.meta_parameters(3).items()}
+        state = learner.initial_state()
         # Variances stay positive, and a net that is normalised by such statistics stays alive.
-        state = {name: 0.2 * tensor.double() + 0.02 * noise(tensor) for name, tensor in learner.initial_state().items()}
-        return theta, state
+        averages = {name: 0.2 * tensor.double() + 0.02 * noise(tensor) for name, tensor in state.items()}
+        kept = {name: tensor.double() + noise(tensor) for name, tensor in state.items() if name.startswith("head/")}
+        counts = {name: torch.full_like(kept[name], 2.0) for name in kept if name == "head/written"}
+        return theta, averages | kept | counts
 
     return draw
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -25,7 +26,8 @@ from cluster.episodes.types import Episodes
 from cluster.errors import ConfigError
 from cluster.flat import FlatSpec, Tensors
 from metaworker.learners import build_learner, default_batch_norm
-from metaworker.learners.base import Context, GradientKind, Learner, ShardResult
+from metaworker.learners.base import Context, GradientKind, Learner, ShardResult, Task
+from metaworker.metadata import encode
 from metaworker.shard_worker import evaluate_episodes
 
 WAY = 5
@@ -43,6 +45,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"anneal_versions": 0},
         {"inner_lr": 0.05, "inner_steps": 2, "eval_steps": 4, "first_order_versions": 1},
     ],
+    "episodic": [{"use_bank": False}, {"columns": ("strokes",), "capacity": 2}],
+    "metadata": [{"inner_steps": 2, "columns": ("script", "strokes", "amplitude")}],
     "imaml": [{"inner_steps": 3, "cg_steps": 2, "eval_steps": 2}],
     "lstm": [
         {"form": "hidden", "inner_steps": 2},
@@ -55,7 +59,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"kind": "dot"},
         {"hard": True, "heads": 2},
         {"spatial": True},
-        {"columns": ("alphabet",)},
+        {"columns": ("script", "strokes")},
     ],
 }
 """Options to test beside the defaults, by ``type``."""
@@ -72,8 +76,19 @@ MAPS: list[sections.Model] = [
     sections.Conv4Pool(channels=4, pools=2, batch_norm="running"),
 ]
 """For learners that compare maps and refuse every other model."""
-TRAINED_FIRST: dict[str, int] = {"imaml": 20, "lstm": 5, "relation": 60, "relational": 400}
+TRAINED_FIRST: dict[str, int] = {"attention": 20, "imaml": 20, "lstm": 5, "relation": 60, "relational": 400}
 """Outer steps to take before asking what a learner tells apart, by ``type``: where θ itself learns to compare."""
+
+REFERENCES: dict[str, tuple[str, str]] = {
+    "maml": ("test_maml", "test_meta_gradient_is_that_of_higher"),
+    "anil": ("test_anil", "test_meta_gradient_is_that_of_nested_autograd"),
+    "mamlpp": ("test_mamlpp", "test_meta_gradient_is_that_of_nested_autograd"),
+    "imaml": ("test_imaml", "test_solved_to_the_end_it_is_the_implicit_gradient"),
+    "reptile": ("test_reptile", "test_meta_gradient_is_the_way_of_minibatch_training"),
+    "lstm": ("test_lstm_optimizer", "test_meta_gradient_is_that_of_plain_autograd"),
+    "attention": ("test_attention", "test_bias_of_the_estimator_falls_with_the_temperature"),
+}
+"""Where surrogates and estimators are tested against what they claim to be, which finite differences cannot do."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ def suited(learner: learners.Learner, models: list[sections.Model], shape: tuple
 
 
 def cases() -> list[Case]:
-    """Every registered learner on every model that suits it, its variants on the first; regression too, if it may."""
+    """Every registered learner on every model that suits it, variants on the first and the last; regression too."""
     found = []
     for section in REGISTERED:
         kind = section.model_fields["type"].default
@@ -115,7 +130,8 @@ def cases() -> list[Case]:
             learner = section(**options)
             models = suited(learner, MODELS, (1, 12, 12)) or suited(learner, MAPS, (1, 12, 12))
             assert models, f"{kind} refuses every model"
-            found += [Case(RunConfig(learner=learner, model=model)) for model in (models[:1] if options else models)]
+            chosen = (models[0], models[-1]) if options else models
+            found += [Case(RunConfig(learner=learner, model=model)) for model in chosen]
             try:
                 shape = sections.EpisodeShape(way=1, shot=6, query=9)
                 data = sections.SinusoidData()
@@ -137,8 +153,18 @@ Perturbed = Callable[[Learner], Point]
 
 @pytest.fixture
 def draw(pictures: Draw, waves: Draw) -> Callable[[Case, int], Episodes]:
-    """Episodes in float64 that suit a case."""
-    return lambda case, count: waves(count) if case.config.regression else pictures(count, shot=2)
+    """Episodes in float64 that suit a case, and what is known of them; some of it is missing."""
+
+    def drawn(case: Case, count: int, query: int = 3) -> Episodes:
+        number = np.arange(float(count)) + 0.5
+        if case.config.regression:
+            known = {"amplitude": number, "phase": np.where(number < 1, np.nan, number)}
+            return replace(waves(count), metadata=known)
+        scripts = np.array(["Greek", "", "Lao"])[np.arange(count) % 3]
+        known = {"script": np.repeat(scripts[:, None], WAY, 1), "strokes": number}
+        return replace(pictures(count, shot=2, query=query), metadata=known)
+
+    return drawn
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -151,8 +177,13 @@ def contribution(learner: Learner, at: Point, episodes: Episodes, chunk: int) ->
 
 def outputs_of(learner: Learner, at: Point, episodes: Episodes, queries: Tensor | None = None) -> list[Tensor]:
     """Outputs of every model of the first episode, on its own or on other ``queries``."""
-    models = learner.adapt(*at, episodes.support_x[0], episodes.support_y[0], {})
+    models = learner.adapt(*at, episodes.support_x[0], episodes.support_y[0], known(episodes))
     return [learner.predict(model, episodes.query_x[0] if queries is None else queries) for model in models]
+
+
+def known(episodes: Episodes) -> Tensors:
+    """What is known of the first episode, as learners are told it."""
+    return {name: rows[0] for name, rows in encode(episodes.metadata, episodes.support_x).items()}
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -258,8 +289,9 @@ def test_contribution_is_a_pure_function(case: Case, draw: Any, perturbed: Pertu
 
 
 @exact_learners
-def test_exact_gradient_is_that_of_finite_differences(case: Case, draw: Any, perturbed: Perturbed) -> None:
-    learner, episodes = case.learner(), draw(case, 2)
+@pytest.mark.parametrize("query", [3, 5])
+def test_exact_gradient_is_that_of_finite_differences(case: Case, query: int, draw: Any, perturbed: Perturbed) -> None:
+    learner, episodes = case.learner(), draw(case, 2, query)
     theta, state = perturbed(learner)
     gradient = contribution(learner, (theta, state), episodes, chunk=2).gradient
     generator = torch.Generator().manual_seed(5)
@@ -274,6 +306,12 @@ def test_exact_gradient_is_that_of_finite_differences(case: Case, draw: Any, per
 
         slope = torch.stack([(gradient[n] * along[n]).sum() for n in theta]).sum() / length
         assert_close((loss(step) - loss(-step)) / (2 * step), slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind != "exact"], ids=str)
+def test_a_gradient_that_is_not_exact_is_tested_against_what_it_is(case: Case) -> None:
+    module, test = REFERENCES[case.config.learner.type]
+    assert callable(getattr(import_module(f"tests.metaworker.{module}"), test))
 
 
 WIDE_MODELS: list[sections.Model] = [sections.Conv4Strided(channels=32), sections.Conv4Pool(channels=32)]
@@ -317,19 +355,25 @@ def test_adaptation_vectorises_over_episodes(case: Case, draw: Any, perturbed: P
     learner, episodes = case.learner(), draw(case, 2)
     at = perturbed(learner)
 
-    def outputs(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> list[Tensor]:
-        return [learner.predict(task, query_x) for task in learner.adapt(*at, support_x, support_y, {})]
+    def outputs(support_x: Tensor, support_y: Tensor, query_x: Tensor, metadata: Tensors) -> list[Tensor]:
+        return [learner.predict(task, query_x) for task in learner.adapt(*at, support_x, support_y, metadata)]
 
-    together = torch.func.vmap(outputs)(episodes.support_x, episodes.support_y, episodes.query_x)
+    metadata = encode(episodes.metadata, episodes.support_x)
+    together = torch.func.vmap(outputs)(episodes.support_x, episodes.support_y, episodes.query_x, metadata)
     for e in range(2):
         close([step[e] for step in together], outputs_of(learner, at, episodes.chunk(e, e + 1)))
+
+
+def adapted_to(episodes: Episodes, learner: Learner, at: Point) -> Task:
+    """The last model of the first episode."""
+    return learner.adapt(*at, episodes.support_x[0], episodes.support_y[0], known(episodes))[-1]
 
 
 @every_learner
 def test_only_transductive_predictions_depend_on_the_other_queries(case: Case, draw: Any, perturbed: Perturbed) -> None:
     learner, episodes = case.learner(), draw(case, 1)
     queries = episodes.query_x[0]
-    adapted = learner.adapt(*perturbed(learner), episodes.support_x[0], episodes.support_y[0], {})[-1]
+    adapted = adapted_to(episodes, learner, perturbed(learner))
     together = learner.predict(adapted, queries)
     assert together.std(0).min() > 1e-4, "a dead net would be independent of anything"
     in_other_company = learner.predict(adapted, torch.cat([queries[:4], 3 * queries[4:] + 1]))
@@ -344,7 +388,7 @@ def test_only_transductive_predictions_depend_on_the_other_queries(case: Case, d
 @every_learner
 def test_order_of_queries_does_not_matter(case: Case, draw: Any, perturbed: Perturbed) -> None:
     learner, episodes = case.learner(), draw(case, 1)
-    adapted = learner.adapt(*perturbed(learner), episodes.support_x[0], episodes.support_y[0], {})[-1]
+    adapted = adapted_to(episodes, learner, perturbed(learner))
     order = torch.randperm(episodes.query_x.shape[1], generator=torch.Generator().manual_seed(0))
     close(learner.predict(adapted, episodes.query_x[0][order]), learner.predict(adapted, episodes.query_x[0])[order])
 
@@ -357,7 +401,8 @@ def test_order_of_support_samples_matters_where_the_learner_says_so(
     at, x, y, queries = perturbed(learner), episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     usual, other = (
-        learner.predict(learner.adapt(*at, *data, {})[-1], queries) for data in ((x, y), (x[order], y[order]))
+        learner.predict(learner.adapt(*at, *data, known(episodes))[-1], queries)
+        for data in ((x, y), (x[order], y[order]))
     )
     if learner.ordered:
         assert (other - usual).abs().max() > 1e-9
@@ -370,7 +415,8 @@ def test_naming_of_classes_matters_where_the_learner_says_so(case: Case, draw: A
     learner, episodes = case.learner(), draw(case, 1)
     at, x, y, queries = perturbed(learner), episodes.support_x[0], episodes.support_y[0], episodes.query_x[0]
     names = torch.tensor([3, 1, 4, 0, 2])
-    usual, renamed = (learner.predict(learner.adapt(*at, x, labels, {})[-1], queries) for labels in (y, names[y]))
+    told = known(episodes)
+    usual, renamed = (learner.predict(learner.adapt(*at, x, labels, told)[-1], queries) for labels in (y, names[y]))
     if learner.names_matter:
         assert (renamed[:, names] - usual).abs().max() > 1e-9
     else:

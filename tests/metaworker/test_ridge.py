@@ -17,6 +17,7 @@ from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context, Learner
+from metaworker.learners.ridge import RidgeRegression
 
 MODELS = (sections.Conv4Strided(channels=4), sections.Conv4Pool(channels=4), sections.MLP(hidden=(8,)))
 SHOTS = (1, 4)
@@ -91,3 +92,14 @@ def test_the_configured_penalty_and_scale_are_where_learning_starts() -> None:
     theta = learner_of(MODELS[2], regularisation=0.25, scale=3.0).meta_parameters(0)
     assert_close(theta["head/log_lambda"].exp(), torch.tensor([0.25]))
     assert theta["head/scale"].item() == 3.0 and theta["head/shift"].item() == 0.0
+
+
+def test_many_support_samples_keep_their_digits_in_float32() -> None:
+    """With more of them than coordinates, Woodbury's system is all but singular."""
+    generator = torch.Generator().manual_seed(0)
+    support, query = (10 * torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (100, 20))
+    labels, head = torch.arange(20).repeat(5), RidgeRegression(20, 0.1, 1.0)
+    parameters = head.parameters(lambda name, shape: torch.zeros(shape))
+    exact = head.logits({n: t.double() for n, t in parameters.items()}, support, labels, query)
+    single = head.logits(parameters, support.float(), labels, query.float())
+    assert (single - exact).norm() < 1e-4 * exact.norm()
