@@ -251,6 +251,12 @@ _FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "worke
     help="Batch statistics: of the set at hand, of the support set, or running averages; the run's when not given.",
 )
 @click.option(
+    "--learner",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Learner option to evaluate with, say eval_steps=20; any that leaves the parameters as they are. Repeatable.",
+)
+@click.option(
     "--checkpoint",
     type=click.Choice(["best", "last"]),
     default="best",

@@ -84,6 +84,8 @@ class EvaluationOptions:
     device: Literal["cpu", "cuda", "auto"] | None = None
     within: str | None = None
     """Class metadata column whose value an episode's classes share; empty for any classes."""
+    learner: tuple[str, ...] = ()
+    """Options of the learner, each KEY=VALUE."""
 
 
 def evaluate(run: Path, options: EvaluationOptions, *, as_json: bool) -> Report:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from cluster.config.loading import load_resolved, with_execution
+from cluster.config.loading import load_resolved, resolve, with_execution
 from cluster.config.run import RunConfig
 from cluster.config.sections import FractionSplit, StoreData
 from cluster.device import prepare
@@ -31,6 +31,7 @@ from coordinator.run_dir import RunDirectory, RunIdentity
 from coordinator.session import describe_evaluation
 from coordinator.train import check_data
 from metaworker.learners import build_learner, check_way, default_batch_norm
+from metaworker.learners.base import Learner
 
 
 def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
     directory = RunDirectory.open(run)
     identity, config = directory.identity(), load_resolved(directory.config)
     check_config(directory, identity, config)
+    config = _with_learner(config, options.learner)
     request = _request(config, options)
     config = _execution(with_store(config, options.store, options.split), options)
     prepare("cpu", threads=1)
@@ -51,6 +53,7 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
     check_held_out(identity, source, options.store)
     source.check(request.split, request.way, request.shot, request.query, request.within)
     learner = build_learner(config, source.sample_shape)
+    check_layout(learner, build_learner(load_resolved(directory.config), source.sample_shape), options.learner)
     path, chosen = choose_checkpoint(directory, options.checkpoint)
     state = checkpoints.load(path, MetaState.initial(config, learner).layout).state
     refuse_unaffordable(config)
@@ -62,7 +65,7 @@ def evaluate_command(run: Path, options: EvaluationOptions, *, as_json: bool) ->
         scores = evaluate_now(crew.dispatcher, crew.pool, state.published, request, notice)
     report = describe_evaluation(scores, request, chosen, state.version)
     store = None if options.store is None else str(options.store)
-    report |= {"run": str(run), "store": store, "digest": state.digest}
+    report |= {"run": str(run), "store": store, "digest": state.digest, "learner": list(options.learner)}
     if not as_json:
         Console().print(evaluation_table(report))
     return report
@@ -130,6 +133,35 @@ def with_store(config: RunConfig, store: Path | None, split: SplitName | None) -
     elif not isinstance(data, StoreData):
         raise ConfigError(f"--split {split} is not defined on another store for data.type {data.type}: use --split all")
     return with_execution(config.model_copy(update={"data": data}), store=str(store.absolute()))
+
+
+def _with_learner(config: RunConfig, options: Sequence[str]) -> RunConfig:
+    """The configuration with options of the learner, each KEY=VALUE, in the place of the run's.
+
+    Raises:
+        ConfigError: no such option of this learner, its ``type``, or an impossible value.
+    """
+    pairs = [option.partition("=")[::2] for option in options]
+    if refused := [key for key, _ in pairs if key.strip() == "type"]:
+        raise ConfigError(f"--learner {refused[0]}: a run is evaluated with the learner that it trained; leave it out")
+    values = config.model_dump(mode="json", exclude_none=True)
+    return resolve(values, [(f"learner.{key.strip()}", value) for key, value in pairs]) if pairs else config
+
+
+def check_layout(learner: Learner, trained: Learner, options: Sequence[str]) -> None:
+    """Refuse options that make other parameters, or other learner state, than were trained."""
+    shapes = [
+        [
+            (name, tensor.shape)
+            for tensors in (of.meta_parameters(0), of.initial_state())
+            for name, tensor in tensors.items()
+        ]
+        for of in (learner, trained)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"--learner {' '.join(options)}: that makes other parameters than the run trained; leave out what does"
+        )
 
 
 def _execution(config: RunConfig, options: EvaluationOptions) -> RunConfig:

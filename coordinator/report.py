@@ -150,6 +150,7 @@ def _description(evaluation: Mapping[str, Any]) -> list[str]:
     what += [f"{known['query']} queries" + ("" if regression else " a class")] if "query" in known else []
     what += [f"{known['episodes']:,} episodes"]
     how = [f"batch-norm {known['bn']}"] if "bn" in known else []
+    how += [f"learner {', '.join(known['learner'])}"] if known.get("learner") else []
     at = f" (version {known['version']})" if "version" in known else ""
     how += [f"checkpoint {known['checkpoint']}{at}"] if "checkpoint" in known else []
     names = {"precision": "precision", "recall": "recall", "f1": "F1"}

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.config.learners import InternalMemory
+from cluster.config.run import RunConfig
 from cluster.config.sections import Conv4Strided, Evaluation, GlyphsData
+from cluster.errors import ConfigError
 from cluster.messages import Published
 from coordinator.attempts import Policy
 from coordinator.dispatch import Dispatcher
+from coordinator.evaluate import check_layout
 from coordinator.evaluation import PART, EvaluationCollector, EvaluationRequest, default_batch_norm, evaluate_now
 from coordinator.outcomes import Failure, Joined
+from metaworker.learners import build_learner
+from metaworker.learners.base import Learner
 from metaworker.scores import combine
 from tests.coordinator.harness import TINY, FakePool, answer
 
@@ -35,6 +42,16 @@ def test_the_orders_cover_every_episode_once(episodes: int, version: int) -> Non
     assert [order.part for order in orders] == list(range(len(orders)))
     shapes = {(o.split, o.way, o.shot, o.query, o.batch_norm, o.base_version, o.attempt) for o in orders}
     assert shapes == {("test", 1, 3, 5, "transductive", version, 0)}
+
+
+def test_other_options_of_the_learner_leave_the_parameters_as_they_are() -> None:
+    def built(**options: Any) -> Learner:
+        return build_learner(RunConfig(learner=InternalMemory(**options), model=Conv4Strided(channels=4)), (1, 28, 28))
+
+    check_layout(built(ablate=True), built(), ["ablate=true"])
+    for option in ({"slots": 3}, {"carry": True}):
+        with pytest.raises(ConfigError, match="that makes other parameters than the run trained"):
+            check_layout(built(**option), built(), [str(option)])
 
 
 def test_the_configured_evaluation() -> None:

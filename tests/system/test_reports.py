@@ -74,6 +74,21 @@ def test_inspect(undisturbed: Undisturbed, here: Callable[..., Finished]) -> Non
     assert (newest["digest"], newest["version"]) == (report["digest"], STEPS)
 
 
+def test_a_run_is_evaluated_with_other_options_of_its_learner(
+    undisturbed: Undisturbed, cluster: str, here: Callable[..., Finished]
+) -> None:
+    trained = json.loads(undisturbed.finished.out)["evaluation"]
+    argv = ("evaluate", undisturbed.run, "--address", cluster, "--workers", 1)
+    report = here(*argv, "--learner", "eval_steps=5", "--json").report
+    assert report["steps"][:4] == trained["steps"] and len(report["steps"]) == 6
+    assert report["learner"] == ["eval_steps=5"]
+    assert "learner.eval_step: no such key" in here(*argv, "--learner", "eval_step=5").error
+    assert (
+        "--learner type: a run is evaluated with the learner that it trained"
+        in here(*argv, "--learner", "type=reptile").error
+    )
+
+
 def test_own_pictures_are_trained_on_and_evaluated(
     own_pictures: Pictures, cluster: str, here: Callable[..., Finished], tmp_path: Path
 ) -> None:
