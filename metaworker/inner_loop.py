@@ -1,8 +1,13 @@
-"""Inner-loop optimizers as pure functions of named parameters, for one task."""
+"""Inner-loop optimizers as pure functions of named parameters, for one task.
+
+They give the parameters before and after each step one by one and keep none but the last: what an outer differentiation
+needs of the others, its graph holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +26,7 @@ Rates = Mapping[str, Tensor | float]
 
 def gradient_descent(
     gradient: InnerGradient, theta: Mapping[str, Tensor], step_size: float, steps: int, first_order: bool
-) -> list[Tensors]:
+) -> Iterator[Tensors]:
     """``θ(t+1) = θ(t) − α ∇loss(θ(t))``: the parameters before and after each step, ``steps`` + 1 of them.
 
     Args:
@@ -36,7 +41,7 @@ def gradient_descent(
 
 def rated_descent(
     gradients: Sequence[InnerGradient], theta: Mapping[str, Tensor], rates: Sequence[Rates], first_order: bool
-) -> list[Tensors]:
+) -> Iterator[Tensors]:
     """``θ(t+1) = θ(t) − α(t) ∘ ∇loss(t)(θ(t))``: the parameters before and after each step.
 
     Args:
@@ -45,23 +50,23 @@ def rated_descent(
         rates: α of each step.
         first_order: as in `gradient_descent`. The rates are differentiated all the same.
     """
-    trajectory: list[Tensors] = [dict(theta)]
+    here = dict(theta)
+    yield here
     for gradient, rate in zip(gradients, rates, strict=True):
-        here = trajectory[-1]
         point = {name: tensor.detach() for name, tensor in here.items()} if first_order else here
         found = gradient(point)
         if first_order:
             found = {name: tensor.detach() for name, tensor in found.items()}
-        trajectory.append({name: here[name] - rate[name] * found[name] for name in here})
-    return trajectory
+        here = {name: here[name] - rate[name] * found[name] for name in here}
+        yield here
 
 
 def proximal_descent(
     gradient: InnerGradient, theta: Mapping[str, Tensor], step_size: float, steps: int, strength: float
 ) -> Iterator[Tensors]:
-    """Gradient descent on ``loss(φ) + λ/2 ‖φ − θ‖²`` from θ: the parameters before and after each step, one by one.
+    """Gradient descent on ``loss(φ) + λ/2 ‖φ − θ‖²`` from θ: the parameters before and after each step.
 
-    Nothing is kept for an outer differentiation, and no step but the last.
+    Nothing is kept for an outer differentiation.
 
     Args:
         gradient: ∇loss.
@@ -83,20 +88,25 @@ def proximal_descent(
 
 def minibatch_descent(
     gradients: Sequence[InnerGradient], theta: Mapping[str, Tensor], step_size: float, adam: bool
-) -> list[Tensors]:
+) -> Iterator[Tensors]:
     """One step by each of ``gradients`` with SGD, or by Adam with β₁ = 0: parameters before and after each step.
 
     Adam's second moments start at zero for each task and are bias-corrected. Nothing is kept for an outer
     differentiation.
     """
-    trajectory: list[Tensors] = [{name: tensor.detach() for name, tensor in theta.items()}]
-    moments = {name: torch.zeros_like(tensor) for name, tensor in trajectory[0].items()}
+    here = {name: tensor.detach() for name, tensor in theta.items()}
+    moments = {name: torch.zeros_like(tensor) for name, tensor in here.items()}
+    yield here
     for step, gradient in enumerate(gradients, start=1):
-        here = trajectory[-1]
         found = gradient(here)
         if adam:
             moments = {n: ADAM_BETA2 * m + (1 - ADAM_BETA2) * found[n] * found[n] for n, m in moments.items()}
             correction = 1 - ADAM_BETA2**step
             found = {n: g / ((moments[n] / correction).sqrt() + ADAM_EPSILON) for n, g in found.items()}
-        trajectory.append({name: here[name] - step_size * found[name] for name in here})
-    return trajectory
+        here = {name: here[name] - step_size * found[name] for name in here}
+        yield here
+
+
+def last(points: Iterable[Tensors], count: int = 1) -> list[Tensors]:
+    """The last ``count`` of some points, fewer if there are fewer, without holding the others."""
+    return list(deque(points, maxlen=count))

@@ -20,7 +20,7 @@ from torch.func import grad
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import InnerGradient, gradient_descent
+from metaworker.inner_loop import InnerGradient, gradient_descent, last
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.vectorise import differentiate
@@ -81,9 +81,9 @@ class ANIL(GradientBased):
         encode, objective = encoder(self.network.backbone), self.network.objective
         features, seen = encode(theta, support_x, None)
         gradient = self._gradient(features, support_y)
-        heads = gradient_descent(gradient, head(theta), self.inner_lr, self.inner_steps, self.first_order)
+        (adapted,) = last(gradient_descent(gradient, head(theta), self.inner_lr, self.inner_steps, self.first_order))
         embedded, observed = encode(theta, query_x, self._query_statistics(seen, None))
-        outputs = linear(heads[-1], embedded)
+        outputs = linear(adapted, embedded)
         return objective.loss(outputs, query_y), objective.metric(outputs, query_y), observed
 
     def _gradient(self, features: Float[Tensor, "support feature"], support_y: Tensor) -> InnerGradient:

@@ -20,7 +20,7 @@ from torch.func import vmap
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import proximal_descent
+from metaworker.inner_loop import last, proximal_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
@@ -83,12 +83,8 @@ class IMAML(GradientBased):
         """φ* of each task, ``[task, …]``."""
         stack = Stack(self.network.backbone, self.network.objective)
         gradient = stack.gradient(episodes.support_x, episodes.support_y)
-        phi: Tensors = {}
-        for point in proximal_descent(
-            gradient, repeat(theta, len(episodes)), self.inner_lr, self.inner_steps, self.strength
-        ):
-            phi = point
-        return phi
+        start = repeat(theta, len(episodes))
+        return last(proximal_descent(gradient, start, self.inner_lr, self.inner_steps, self.strength))[0]
 
     def _query_gradient(self, phi: Tensors, episodes: Episodes) -> tuple[Tensors, Scores]:
         """∇L_query(φ*) of each task, and its scores."""

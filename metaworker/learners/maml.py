@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import gradient_descent
+from metaworker.inner_loop import gradient_descent, last
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
@@ -75,8 +75,9 @@ class MAML(GradientBased):
         for start in range(0, len(episodes), chunk):
             part = episodes.chunk(start, start + chunk)
             inner = stack.gradient(part.support_x, part.support_y)
-            phi = gradient_descent(inner, repeat(theta, len(part)), self.inner_lr, self.inner_steps, first_order=True)
-            found, score = stack.differentiate(phi[-1], part.query_x, part.query_y)
+            start_points = repeat(theta, len(part))
+            (phi,) = last(gradient_descent(inner, start_points, self.inner_lr, self.inner_steps, first_order=True))
+            found, score = stack.differentiate(phi, part.query_x, part.query_y)
             gradient = {name: total + found[name].sum(0) for name, total in gradient.items()}
             scores.append(score)
         return shard_result(gradient, scores)
@@ -84,4 +85,4 @@ class MAML(GradientBased):
     def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor) -> Tensors:
         """Parameters after ``inner_steps`` training steps."""
         gradient = self.network.gradient(support_x, support_y)
-        return gradient_descent(gradient, theta, self.inner_lr, self.inner_steps, self.first_order)[-1]
+        return last(gradient_descent(gradient, theta, self.inner_lr, self.inner_steps, self.first_order))[0]

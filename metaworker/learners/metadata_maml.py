@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster import keys
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors, some_tensor
-from metaworker.inner_loop import gradient_descent
+from metaworker.inner_loop import gradient_descent, last
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.vectorise import differentiate
@@ -92,7 +92,7 @@ class MetadataMAML(GradientBased):
         """Parameters after ``inner_steps`` training steps."""
         start = self.initialisation(theta, besides["features"])
         gradient = self.network.gradient(support_x, support_y)
-        return gradient_descent(gradient, start, self.inner_lr, self.inner_steps, first_order=False)[-1]
+        return last(gradient_descent(gradient, start, self.inner_lr, self.inner_steps, first_order=False))[0]
 
 
 def _modulated(tensor: Tensor, by: Float[Tensor, "units"]) -> Tensor:

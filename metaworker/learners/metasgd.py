@@ -9,7 +9,7 @@ random ones; more steps than one are allowed, all with the same α.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import InnerGradient, rated_descent
+from metaworker.inner_loop import InnerGradient, last, rated_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import RATE, GradientBased, Network
 from metaworker.learners.vectorise import differentiate
@@ -70,10 +70,10 @@ class MetaSGD(GradientBased):
     def _adapt(self, theta: Mapping[str, Tensor], support_x: Tensor, support_y: Tensor) -> Tensors:
         """Parameters after ``inner_steps`` training steps."""
         gradient = self.network.gradient(support_x, support_y)
-        return _descend(gradient, theta, self.inner_steps, first_order=False)[-1]
+        return last(_descend(gradient, theta, self.inner_steps, first_order=False))[0]
 
 
-def _descend(gradient: InnerGradient, theta: Mapping[str, Tensor], steps: int, first_order: bool) -> list[Tensors]:
+def _descend(gradient: InnerGradient, theta: Mapping[str, Tensor], steps: int, first_order: bool) -> Iterator[Tensors]:
     """The network's parameters before and after each step."""
     start = {name: tensor for name, tensor in theta.items() if not name.startswith(RATE)}
     rates = {name: theta[RATE + name] for name in start}

@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster import keys
 from cluster.episodes.types import Episodes
 from cluster.flat import Tensors
-from metaworker.inner_loop import minibatch_descent
+from metaworker.inner_loop import last, minibatch_descent
 from metaworker.learners.base import Context, GradientKind, ShardResult, Task
 from metaworker.learners.gradient_based import GradientBased, Network
 from metaworker.learners.stacked import Scores, Stack, repeat, shard_result
@@ -83,7 +83,7 @@ class Reptile(GradientBased):
             x, y = self._minibatches(episodes.chunk(start, start + context.chunk))
             steps = [stack.gradient(*minibatch) for minibatch in zip(x.unbind(1), y.unbind(1), strict=True)]
             trajectory = minibatch_descent(steps, repeat(theta, len(x)), self.inner_lr, self.adam)
-            before, adapted = trajectory[-2:]
+            before, adapted = last(trajectory, 2)
             # Scoring all samples with φ would say little more, at a quarter more of the time.
             scores.append(stack.score(before, x[:, -1], y[:, -1]))
             gradient = {name: total + (theta[name] - adapted[name]).sum(0) for name, total in gradient.items()}

@@ -18,7 +18,7 @@ from cluster.config import learners, sections
 from cluster.config.run import RunConfig
 from cluster.episodes.types import Episodes
 from cluster.flat import FlatSpec, Tensors
-from metaworker.inner_loop import gradient_descent, proximal_descent
+from metaworker.inner_loop import gradient_descent, last, proximal_descent
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context, Learner, ShardResult
 from metaworker.learners.imaml import conjugate_gradient
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_inner_steps(pictures: Draw, plain_net: Any) -
             return dict(zip(parameters, found, strict=True))
 
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
-        adapted = gradient_descent(gradient, leaves, 0.01, steps, first_order=False)[-1]
+        adapted = last(gradient_descent(gradient, leaves, 0.01, steps, first_order=False))[0]
         return F.cross_entropy(net(adapted, query[0])[0], query[1])
 
     ours, theirs = ([most_kept(partial(way, steps)) for steps in (1, 5, 20)] for way in (implicit, unrolled))

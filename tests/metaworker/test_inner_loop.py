@@ -11,7 +11,7 @@ from torch.func import grad
 from torch.testing import assert_close
 
 from cluster.flat import Tensors
-from metaworker.inner_loop import gradient_descent, minibatch_descent
+from metaworker.inner_loop import gradient_descent, last, minibatch_descent
 
 STEP = 0.1
 
@@ -52,7 +52,7 @@ def flat(parameters: Mapping[str, Tensor]) -> Tensor:
 def test_gradient_descent_follows_its_closed_form(
     matrix: Tensor, theta: Tensors, steps: int, first_order: bool
 ) -> None:
-    trajectory = gradient_descent(grad(quadratic(matrix)), theta, STEP, steps, first_order)
+    trajectory = list(gradient_descent(grad(quadratic(matrix)), theta, STEP, steps, first_order))
     shrink = torch.eye(4, dtype=torch.float64) - STEP * matrix
     assert len(trajectory) == steps + 1
     for t, point in enumerate(trajectory):
@@ -63,7 +63,7 @@ def test_gradient_descent_follows_its_closed_form(
 @pytest.mark.parametrize("steps", [1, 4])
 def test_second_order_differentiates_through_the_steps(matrix: Tensor, theta: Tensors, steps: int) -> None:
     leaves = {name: tensor.requires_grad_() for name, tensor in theta.items()}
-    end = flat(gradient_descent(grad(quadratic(matrix)), leaves, STEP, steps, first_order=False)[-1])
+    end = flat(last(gradient_descent(grad(quadratic(matrix)), leaves, STEP, steps, first_order=False))[0])
     direction = torch.arange(4, dtype=torch.float64) + 1
     gradients = torch.autograd.grad(end @ direction, list(leaves.values()))
     shrink = torch.eye(4, dtype=torch.float64) - STEP * matrix
@@ -73,14 +73,14 @@ def test_second_order_differentiates_through_the_steps(matrix: Tensor, theta: Te
 @pytest.mark.parametrize("steps", [1, 4])
 def test_first_order_takes_the_inner_gradients_for_constants(matrix: Tensor, theta: Tensors, steps: int) -> None:
     leaves = {name: tensor.requires_grad_() for name, tensor in theta.items()}
-    end = flat(gradient_descent(grad(quadratic(matrix)), leaves, STEP, steps, first_order=True)[-1])
+    end = flat(last(gradient_descent(grad(quadratic(matrix)), leaves, STEP, steps, first_order=True))[0])
     direction = torch.arange(4, dtype=torch.float64) + 1
     close(torch.cat(torch.autograd.grad(end @ direction, list(leaves.values()))), direction)
 
 
 def test_gradients_are_found_where_recording_is_off(matrix: Tensor, theta: Tensors) -> None:
     with torch.no_grad():
-        trajectory = gradient_descent(grad(quadratic(matrix)), theta, STEP, 1, first_order=True)
+        trajectory = list(gradient_descent(grad(quadratic(matrix)), theta, STEP, 1, first_order=True))
     close(flat(trajectory[1]), flat(theta) - STEP * matrix @ flat(theta))
     assert not any(tensor.requires_grad for point in trajectory for tensor in point.values())
 
@@ -88,7 +88,7 @@ def test_gradients_are_found_where_recording_is_off(matrix: Tensor, theta: Tenso
 @pytest.mark.parametrize("adam", [False, True])
 def test_minibatch_descent_is_that_of_the_optimizers_of_pytorch(matrix: Tensor, theta: Tensors, adam: bool) -> None:
     losses = [quadratic(matrix), quadratic(3 * matrix), quadratic(matrix @ matrix)]
-    trajectory = minibatch_descent([grad(loss) for loss in losses], theta, STEP, adam)
+    trajectory = list(minibatch_descent([grad(loss) for loss in losses], theta, STEP, adam))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
     optimizer: torch.optim.Optimizer = torch.optim.SGD(leaves.values(), lr=STEP)
     if adam:
@@ -107,7 +107,7 @@ def test_minibatch_descent_keeps_nothing_for_an_outer_differentiation(
 ) -> None:
     before = flat(theta).clone()
     leaves = {name: tensor.requires_grad_() for name, tensor in theta.items()}
-    trajectory = minibatch_descent([grad(quadratic(matrix))] * 2, leaves, STEP, adam)
+    trajectory = list(minibatch_descent([grad(quadratic(matrix))] * 2, leaves, STEP, adam))
     assert not any(tensor.requires_grad for point in trajectory for tensor in point.values())
     assert torch.equal(flat(theta).detach(), before)
 
