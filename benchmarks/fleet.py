@@ -144,6 +144,11 @@ class _Tap:
         self.spans: list[Span] = []
 
     @property
+    def transfer_seconds(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
     def size(self) -> int:
         return self._pool.size
 

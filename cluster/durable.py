@@ -18,7 +18,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("METAFLEET_CACHE") or Path.home() / ".cache" / "metafleet")
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Put at ``path`` the bytes that ``write`` produces: readers see the old file or the whole new one, never a part.
 
     ``write`` is given a file open for writing and reading back, in the folder of ``path``. When this returns, content

@@ -54,6 +54,10 @@ class ShardStatistics:
     """How long the worker had waited for this order since its last reply."""
     peak_bytes: int
     """Largest resident memory of the worker process so far."""
+    gpu_peak_bytes: int | None = None
+    """Largest memory of tensors on the worker's GPU so far."""
+    gpu_utilisation: float | None = None
+    """Share of time in which its GPU was busy, lately; ``None`` also where nobody tells."""
 
 
 @dataclass(frozen=True)

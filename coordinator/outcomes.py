@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.messages import Contribution, EvaluationPart, ShardTask, WorkerHello
-from cluster.metrics import FailureKind
+from cluster.metrics_catalogue import FailureKind
 from coordinator.pool import Reply
 
 

@@ -95,6 +95,11 @@ class Pool(Protocol):
         """How many slots there are; more after nodes have joined."""
         ...
 
+    @property
+    def transfer_seconds(self) -> float:
+        """Time spent on fetching replies so far."""
+        ...
+
     def publish(self, published: Published) -> Handle:
         """Make a version's parameters available to the workers, once."""
         ...
@@ -142,6 +147,11 @@ class InProcessPool:
     def size(self) -> int:
         """One."""
         return 1
+
+    @property
+    def transfer_seconds(self) -> float:
+        """None."""
+        return 0.0
 
     def publish(self, published: Published) -> Handle:
         """The parameters themselves."""

@@ -94,6 +94,7 @@ class RayPool:
         self._nodes = NodesChanged(frozenset(), frozenset())
         self._looked = float("-inf")
         self._size = workers
+        self._transfer_seconds = 0.0
         self._ready: dict[int, str] = {}
         """Slots with a worker that has been ready, each with its node."""
         self._first = set(range(workers))
@@ -105,6 +106,11 @@ class RayPool:
     def size(self) -> int:
         """How many slots there are."""
         return self._size
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Time in ``ray.get`` of what has arrived."""
+        return self._transfer_seconds
 
     def publish(self, published: Published) -> Handle:
         """Put the parameters into the object store."""
@@ -225,8 +231,10 @@ class RayPool:
         slot, order = pending.slot, pending.order
         if order is None and not self._starting:
             self._chunks.drop()
+        began = time.monotonic()
         try:
             result = ray.get(reference)
+            self._transfer_seconds += time.monotonic() - began
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if order is None and isinstance(cause, StoreMissingError) and pending.missing is None:

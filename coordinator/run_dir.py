@@ -7,6 +7,7 @@ epochs/0001 …             one empty file a driver, created exclusively: the hi
 log/0001.msgpack …        the commit log of each epoch
 checkpoints/v00000200-e0001/   tensors.safetensors, manifest.msgpack
 history.msgpack           metric history; learning_curve.png, adaptation_curve.png beside it
+metrics.openmetrics       the Prometheus metrics as they were when the run ended or stopped
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class RunDirectory:
     def history(self) -> Path:
         """The metric history."""
         return self.path / "history.msgpack"
+
+    @property
+    def metrics(self) -> Path:
+        """The last state of the Prometheus metrics, in the OpenMetrics format."""
+        return self.path / "metrics.openmetrics"
 
     @property
     def checkpoints(self) -> Path:

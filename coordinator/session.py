@@ -16,6 +16,7 @@ from cluster.config.loading import with_execution
 from cluster.config.run import RunConfig
 from cluster.config.sections import GlyphsData
 from cluster.device import prepare
+from cluster.discovery import announced
 from cluster.episodes import open_source
 from cluster.episodes.types import EpisodeSource
 from cluster.errors import RunDirectoryError, SplitError
@@ -68,12 +69,12 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
         learner = build_learner(config, source.sample_shape)
         found = find(config, resume, source, learner, stack) if resume else None
         refuse_unaffordable(config)
-        metrics, endpoint = _metrics(config, stack)
+        where = found.run.path if found else path
+        metrics, endpoint = _metrics(config, where, stack)
         watch = Watch(view, metrics, stack.enter_context(Signals(view)))
         crew = stack.enter_context(ray_crew(config, view.message))
         if endpoint is not None:
             view.message(f"metrics at {endpoint}")
-        where = found.run.path if found else path
         crew.dispatcher.reproduce = lambda task: (
             f"metafleet replay {where} --shard {task.shard} --until {task.base_version}"
         )
@@ -107,6 +108,7 @@ def _train(config: RunConfig, run: RunDirectory, learner: Learner, crew: Crew, s
         finally:
             view.stop()
             recorder.close()
+            _keep_metrics(watch, run)
     if stop.signal is not None:
         print(
             f"stopped at version {trainer.state.version} of {config.steps}, checkpoint written; go on with: "
@@ -116,6 +118,14 @@ def _train(config: RunConfig, run: RunDirectory, learner: Learner, crew: Crew, s
         _plot(config, run, None)
         raise SystemExit(128 + stop.signal)
     return trainer
+
+
+def _keep_metrics(watch: Watch, run: RunDirectory) -> None:
+    """Keep the last state of the metrics in the run directory: a short run may never have been scraped."""
+    try:
+        watch.metrics.save(run.metrics)
+    except OSError as error:
+        watch.view.message(f"{run.metrics.name} was not written: {error.strerror}")
 
 
 # ---------------------------------------------------------------------------------------------------------- start
@@ -158,14 +168,18 @@ def _run_path(config: RunConfig) -> Path:
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _metrics(config: RunConfig, stack: ExitStack) -> tuple[Metrics, str | None]:
-    """The run's metrics, and where they are served while ``stack`` lives."""
-    info = RunInfo(config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest())
+def _metrics(config: RunConfig, path: Path, stack: ExitStack) -> tuple[Metrics, str | None]:
+    """The metrics of the run in ``path``, and where they are served and announced while ``stack`` lives."""
+    info = RunInfo(
+        path.name, config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest()
+    )
     metrics = Metrics(info, regression=config.regression)
     if not config.execution.metrics:
         return metrics, None
     host, port = metrics.serve(config.execution.metrics_host, config.execution.metrics_port)
     stack.callback(metrics.close)
+    if config.execution.metrics_discovery is not None:
+        stack.enter_context(announced(Path(config.execution.metrics_discovery), host, port, {"run": path.name}))
     return metrics, f"http://{host}:{port}/metrics"
 
 

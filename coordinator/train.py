@@ -134,7 +134,7 @@ class Trainer:
         self._ended: float | None = None
         self._since_start = 0
         self._handle = self._publish()
-        resources.metrics.version(start.state.version)
+        resources.metrics.version(start.state.version, config.steps)
         for checkpoint in start.unvalidated:
             self._validate(checkpoint, resources.pool.publish(checkpoint.state.published))
 
@@ -142,8 +142,7 @@ class Trainer:
         """The main loop; returns the state at the last version, or where a stop request found it."""
         total = self._r.config.steps
         while (self.state.version < total or self._validations) and self._r.stop.signal is None:
-            self._top_up()
-            outcome = self._r.dispatcher.next(PATIENCE)
+            outcome = self._next()
             if outcome is not None:
                 self._take(outcome)
             self._show()
@@ -154,6 +153,17 @@ class Trainer:
         for _, checkpoint in self._validations.values():
             self._r.recorder.unvalidated(checkpoint)
         return self.state
+
+    def _next(self) -> Outcome | None:
+        """Send orders, then wait for what comes of them."""
+        metrics, pool = self._r.metrics, self._r.pool
+        with metrics.phase("transfer"):
+            self._top_up()
+        with metrics.phase("wait"):
+            before = pool.transfer_seconds
+            outcome = self._r.dispatcher.next(PATIENCE)
+            metrics.moved(pool.transfer_seconds - before)
+        return outcome
 
     def _top_up(self) -> None:
         """Validations first, then shards, while the dispatcher has room and the aggregator wants some."""
@@ -200,7 +210,8 @@ class Trainer:
         contribution, version = accepted.contribution, self.state.version
         if version >= self._r.config.steps:
             return
-        result = self._aggregator.add(contribution, version, finite=accepted.finite)
+        with self._r.metrics.phase("reduce"):
+            result = self._aggregator.add(contribution, version, finite=accepted.finite)
         staleness = version - contribution.base_version
         counts = accepted.finite and not isinstance(result, Dropped)
         weight = staleness_weight(staleness, self._exponent) if counts else 0.0
@@ -211,7 +222,8 @@ class Trainer:
             self.progress.failures["stale"] += 1
             self._r.metrics.failure("stale")
         elif result is not None:
-            self._commit(result)
+            with self._r.metrics.phase("commit"):
+                self._commit(result)
 
     def _commit(self, update: Update) -> None:
         """Make the next version: the log first, then everyone else."""
@@ -257,7 +269,7 @@ class Trainer:
         del self._validations[version]
         self._last_validation = ValidationRecord(version, tuple(scores.steps), tuple(scores.ci95))
         self._r.recorder.validation(self._last_validation, checkpoint)
-        self._r.metrics.validation(scores.steps[-1])
+        self._r.metrics.validation(scores.steps)
 
     def _welcome(self, hello: WorkerHello) -> None:
         """Check that a worker may take part."""
@@ -315,7 +327,8 @@ class Trainer:
         published = self.state.published
         self._r.metrics.published(published.theta.nbytes + sum(rows.nbytes for rows in published.state.values()))
         fail_at("publish", version=self.state.version)
-        handle = self._r.pool.publish(published)
+        with self._r.metrics.phase("transfer"):
+            handle = self._r.pool.publish(published)
         fail_at("published", version=self.state.version)
         return handle
 
@@ -354,7 +367,7 @@ class Trainer:
     def _show(self) -> None:
         dispatcher, last = self._r.dispatcher, self._last
         self._r.metrics.in_flight(dispatcher.in_flight)
-        self._r.metrics.workers(dispatcher.workers)
+        self._r.metrics.workers(dispatcher.workers, self._r.config.execution.workers)
         self._r.metrics.goodput(self.goodput.share, self.goodput.lost, self.goodput.lost_seconds)
         nan = float("nan")
         self._r.view.update(

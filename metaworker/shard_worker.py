@@ -80,7 +80,7 @@ class ShardWorker:
             gradient=gradient,
             episodes=result.episodes,
             proposals={name: rows.cpu().numpy() for name, rows in result.proposals.items()},
-            statistics=_statistics(result, sampled - started, done - sampled, idle),
+            statistics=_statistics(result, self.device, sampled - started, done - sampled, idle),
             fingerprint=self.fingerprint,
         )
         fault = fail_at("computed", **about)
@@ -173,7 +173,7 @@ def evaluate_episodes(
         return loss, cells.view(*cells.shape[:2], episodes.way, episodes.way).cpu().numpy()
 
 
-def _statistics(result: ShardResult, sample: float, adapt: float, idle: float) -> ShardStatistics:
+def _statistics(result: ShardResult, device: torch.device, sample: float, adapt: float, idle: float) -> ShardStatistics:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return ShardStatistics(
         loss=float(result.loss.double().mean()),
@@ -182,4 +182,16 @@ def _statistics(result: ShardResult, sample: float, adapt: float, idle: float) -
         adapt_seconds=adapt,
         idle_seconds=idle,
         peak_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        gpu_peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        gpu_utilisation=_gpu_utilisation(device),
     )
+
+
+def _gpu_utilisation(device: torch.device) -> float | None:
+    """Share of the last second or so in which the GPU was busy; ``None`` without one, or without NVIDIA's library."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ModuleNotFoundError, RuntimeError):
+        return None

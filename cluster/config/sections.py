@@ -348,6 +348,8 @@ class Execution(Section):
     """Address that the metrics endpoint binds to."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the metrics endpoint; 0 takes a free one and says which."""
+    metrics_discovery: str | None = None
+    """Folder in which the endpoint is announced to Prometheus while the run lives (file_sd)."""
     start_timeout: float = Field(default=120.0, gt=0)
     """Seconds to wait for the workers to start."""
 

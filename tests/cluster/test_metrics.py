@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import prometheus_client
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.errors import PortError
+from cluster.discovery import announced
+from cluster.errors import ConfigError, PortError
 from cluster.messages import Contribution, ShardStatistics
-from cluster.metrics import LATENCY_BUCKETS, Metrics, RunInfo
+from cluster.metrics import Metrics, RunInfo
+from cluster.metrics_catalogue import CATALOGUE, LABELS, SECONDS_BUCKETS, document
 
-INFO = RunInfo("glyphs-maml", "maml", "sync", 7, "ab" * 32)
+INFO = RunInfo("first-try", "glyphs-maml", "maml", "sync", 7, "ab" * 32)
 
 
 class Clock:
@@ -51,7 +57,7 @@ def contribution(worker: int = 0, episodes: int = 8, peak: int = 1000) -> Contri
 def metrics_and_address() -> Iterator[tuple[Metrics, str]]:
     """One served run with known events, shared because stopping a server takes half a second."""
     metrics = Metrics(INFO, clock=Clock())
-    metrics.version(40)
+    metrics.version(40, 100)
     with closing(metrics):
         host, port = metrics.serve("127.0.0.1", 0)
         yield metrics, f"{host}:{port}"
@@ -74,7 +80,7 @@ def test_a_scrape_shows_what_happened(metrics_and_address: tuple[Metrics, str]) 
     metrics.contribution(contribution(worker=1), staleness=3, seconds=0.3, weight=0.5)
     metrics.contribution(contribution(worker=1, peak=2000), staleness=0, seconds=1.5, weight=1.0)
     metrics.commit(41, loss=0.7, metric=0.8, gradient_norm=2.5)
-    metrics.validation(0.75)
+    metrics.validation([0.2, 0.6, 0.7, 0.75])
     metrics.in_flight(6)
     metrics.workers(3)
     metrics.failure("worker_lost")
@@ -84,12 +90,12 @@ def test_a_scrape_shows_what_happened(metrics_and_address: tuple[Metrics, str]) 
     plain = {name: number for (name, labels), number in seen.items() if not labels}
     assert {name: plain[f"metafleet_{name}"] for name in (
         "episodes_total", "shards_total", "shard_weight_total", "commits_total", "version", "loss", "accuracy_ratio",
-        "gradient_norm", "validation_accuracy_ratio", "in_flight_shards", "workers_alive", "checkpoint_bytes",
+        "gradient_norm", "target_versions", "in_flight_shards", "workers_alive", "checkpoint_bytes",
         "published_bytes_total", "received_bytes_total", "staleness_versions_sum", "staleness_versions_count",
         "shard_latency_seconds_sum",
     )} == {
         "episodes_total": 16, "shards_total": 2, "shard_weight_total": 1.5, "commits_total": 1, "version": 41,
-        "loss": 0.7, "accuracy_ratio": 0.8, "gradient_norm": 2.5, "validation_accuracy_ratio": 0.75,
+        "loss": 0.7, "accuracy_ratio": 0.8, "gradient_norm": 2.5, "target_versions": 100,
         "in_flight_shards": 6, "workers_alive": 3, "checkpoint_bytes": 12345, "published_bytes_total": 400,
         "received_bytes_total": 2 * (40 + 96), "staleness_versions_sum": 3, "staleness_versions_count": 2,
         "shard_latency_seconds_sum": 1.8,
@@ -105,9 +111,14 @@ def test_a_scrape_shows_what_happened(metrics_and_address: tuple[Metrics, str]) 
     assert seen["metafleet_shard_latency_seconds_bucket", (("le", "0.2"),)] == 0
     assert seen["metafleet_shard_latency_seconds_bucket", (("le", "0.5"),)] == 1
     assert seen["metafleet_failures_total", (("kind", "worker_lost"),)] == 1
+    steps = {
+        dict(labels)["step"]: v for (name, labels), v in seen.items() if name == "metafleet_validation_accuracy_ratio"
+    }
+    assert steps == {"0": 0.2, "1": 0.6, "2": 0.7, "last": 0.75}
     (info,) = [dict(labels) for name, labels in seen if name == "metafleet_run_info"]
     assert info == {
-        "recipe": "glyphs-maml", "learner": "maml", "aggregator": "sync", "seed": "7", "config_digest": "ab" * 32,
+        "run": "first-try", "recipe": "glyphs-maml", "learner": "maml", "aggregator": "sync",
+        "seed": "7", "config_digest": "ab" * 32,
     }  # fmt: skip
 
 
@@ -115,6 +126,8 @@ def test_names_follow_the_conventions_and_nothing_is_in_the_global_registry() ->
     metrics = Metrics(INFO)
     metrics.contribution(contribution(), staleness=0, seconds=1.0, weight=1.0)
     for family in metrics.registry.collect():
+        if family.name.startswith("process_"):
+            continue
         assert family.name.startswith("metafleet_")
         assert family.documentation.endswith(".")
         if family.type == "counter":
@@ -151,9 +164,9 @@ def test_labels_are_bounded() -> None:
 
 
 def test_latency_buckets_ascend_from_a_millisecond_to_minutes() -> None:
-    assert LATENCY_BUCKETS[0] == pytest.approx(0.001)
-    assert LATENCY_BUCKETS[-1] == pytest.approx(500)
-    assert all(1.99 < high / low < 2.51 for low, high in pairwise(LATENCY_BUCKETS))
+    assert SECONDS_BUCKETS[0] == pytest.approx(0.001)
+    assert SECONDS_BUCKETS[-1] == pytest.approx(500)
+    assert all(1.99 < high / low < 2.51 for low, high in pairwise(SECONDS_BUCKETS))
 
 
 def test_checkpoint_age_counts_from_the_last_checkpoint_or_the_start() -> None:
@@ -168,18 +181,18 @@ def test_checkpoint_age_counts_from_the_last_checkpoint_or_the_start() -> None:
 
 def test_what_does_not_exist_yet_is_nan_and_the_version_is_the_resumed_one() -> None:
     metrics = Metrics(INFO)
-    metrics.version(40)
+    metrics.version(40, 100)
     assert value(metrics, "version") == 40
-    for name in ("loss", "accuracy_ratio", "gradient_norm", "validation_accuracy_ratio", "checkpoint_bytes"):
+    for name in ("loss", "accuracy_ratio", "gradient_norm", "checkpoint_bytes"):
         assert math.isnan(value(metrics, name))  # type: ignore[arg-type]
 
 
 def test_regression_reports_mse_and_no_accuracy() -> None:
     metrics = Metrics(INFO, regression=True)
     metrics.commit(1, loss=3.0, metric=3.5, gradient_norm=1.0)
-    metrics.validation(2.5)
+    metrics.validation([5.0, 2.5])
     assert value(metrics, "mse") == 3.5
-    assert value(metrics, "validation_mse") == 2.5
+    assert value(metrics, "validation_mse", step="last") == 2.5
     assert value(metrics, "accuracy_ratio") is None
 
 
@@ -217,4 +230,87 @@ def test_close_frees_the_port_and_ends_the_thread() -> None:
     assert server.socket.fileno() == -1
     assert threading.active_count() == before
     with socket.create_server((host, port)):
+        pass
+
+
+def test_phases_share_the_time_between_them() -> None:
+    clock = Clock()
+    metrics = Metrics(INFO, clock=clock)
+    with metrics.phase("commit"):
+        clock.now += 2.0
+        with metrics.phase("transfer"):
+            clock.now += 0.5
+        clock.now += 1.0
+    clock.now += 100.0
+    with metrics.phase("wait"):
+        clock.now += 4.0
+        metrics.moved(1.5)
+    found = {
+        phase: value(metrics, "loop_seconds_total", phase=phase) for phase in ("commit", "transfer", "wait", "reduce")
+    }
+    assert found == {"commit": 3.0, "transfer": 2.0, "wait": 2.5, "reduce": 0.0}
+
+
+def test_time_between_commits() -> None:
+    clock = Clock()
+    metrics = Metrics(INFO, clock=clock)
+    for seconds in (3.0, 0.5):
+        clock.now += seconds
+        metrics.commit(1, loss=0.5, metric=0.5, gradient_norm=1.0)
+    clock.now += 7.0
+    assert value(metrics, "commit_interval_seconds_sum") == 3.5
+    assert value(metrics, "commit_age_seconds") == 7.0
+
+
+def test_workers_wanted_is_what_was_asked_for_or_the_most_there_were() -> None:
+    metrics = Metrics(INFO)
+    for alive in (2, 4, 3):
+        metrics.workers(alive)
+    assert value(metrics, "workers_wanted") == 4 and value(metrics, "workers_alive") == 3
+    metrics.workers(3, wanted=8)
+    assert value(metrics, "workers_wanted") == 8
+
+
+def test_a_gpu_is_told_of_where_there_is_one() -> None:
+    metrics, with_gpu = Metrics(INFO), replace(contribution().statistics, gpu_peak_bytes=5, gpu_utilisation=0.5)
+    metrics.contribution(contribution(worker=0), 0, 1.0, 1.0)
+    metrics.contribution(replace(contribution(worker=1), statistics=with_gpu), 0, 1.0, 1.0)
+    assert value(metrics, "worker_gpu_memory_max_bytes", worker="1") == 5
+    assert value(metrics, "worker_gpu_utilisation_ratio", worker="1") == 0.5
+    assert value(metrics, "worker_gpu_memory_max_bytes", worker="0") is None
+
+
+def test_the_last_state_is_kept_as_an_openmetrics_file(tmp_path: Path) -> None:
+    metrics = Metrics(INFO)
+    metrics.contribution(contribution(), 0, 1.0, 1.0)
+    metrics.save(tmp_path / "metrics.openmetrics")
+    families = openmetrics_families((tmp_path / "metrics.openmetrics").read_text())
+    assert {f.name: f.samples[0].value for f in families if f.samples}["metafleet_episodes"] == 8
+
+
+def test_the_document_is_that_of_the_catalogue_and_the_catalogue_what_is_served() -> None:
+    assert Path("docs/metrics.md").read_text() == document(), (
+        "run python -m cluster.metrics_catalogue > docs/metrics.md"
+    )
+    served = {
+        family.name
+        for regression in (False, True)
+        for family in Metrics(INFO, regression=regression).registry.collect()
+    }
+    assert {f"metafleet_{metric.name}" for metric in CATALOGUE} == {n for n in served if n.startswith("metafleet_")}
+    assert all(label in LABELS for metric in CATALOGUE if metric.kind != "info" for label in metric.labels)
+
+
+def test_a_run_is_announced_while_it_lives(tmp_path: Path) -> None:
+    with announced(tmp_path / "sd", "127.0.0.1", 9400, {"run": "first-try"}) as path:
+        assert json.loads(path.read_text()) == [{"targets": ["127.0.0.1:9400"], "labels": {"run": "first-try"}}]
+        with announced(tmp_path / "sd", "0.0.0.0", 9401, {}) as other:
+            assert json.loads(other.read_text())[0]["targets"] == [f"{socket.getfqdn()}:9401"]
+        assert list((tmp_path / "sd").iterdir()) == [path]
+    assert not path.exists()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match="give a folder that this user may write to"),
+        announced(tmp_path / "file", "h", 1, {}),
+    ):
         pass

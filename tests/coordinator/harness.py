@@ -162,6 +162,11 @@ class FakePool:
     # ------------------------------------------------------------------------------------------------- the interface
 
     @property
+    def transfer_seconds(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
     def size(self) -> int:
         return self._slots
 
@@ -377,6 +382,11 @@ class WatchedPool:
         self.submitted: list[Order] = []
 
     @property
+    def transfer_seconds(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
     def size(self) -> int:
         return self._pool.size
 
@@ -467,7 +477,7 @@ def drive(
         else:
             run, start = begin(config, path, source, learner, first, stack)
         recorder = Recorder(run, run.claim_epoch(), config, start.state)
-        metrics = Metrics(RunInfo("tiny", "maml", "", 0, config.result_digest()), regression=True)
+        metrics = Metrics(RunInfo("run", "tiny", "maml", "", 0, config.result_digest()), regression=True)
         resources = Resources(config, learner, pool, dispatcher, recorder, view, metrics, stop)
         trainer = Trainer(resources, start)
         trainer.run()

@@ -226,6 +226,11 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------- the interface
 
     @property
+    def transfer_seconds(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
     def size(self) -> int:
         return self._size
 
@@ -483,7 +488,7 @@ def _drive(
     found = Found(NOWHERE, IDENTITY, at, disk.saved is not None, list(disk.entries), ())
     going = start.go_on(config, LEARNER, found, Crew(cluster, dispatcher, first), view.message)
     disk.entries[:] = disk.entries[: going.state.version]
-    metrics = Metrics(RunInfo("toy", "toy", "", 0, "config"))
+    metrics = Metrics(RunInfo("run", "toy", "toy", "", 0, "config"))
     return _train(Resources(config, LEARNER, cluster, dispatcher, disk, view, metrics, stop, clock), going)  # type: ignore[arg-type]
 
 

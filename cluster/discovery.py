@@ -1,0 +1,42 @@
+"""How Prometheus finds a run whose endpoint has any port: a file_sd file that is there while the run lives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.durable import write_atomically
+from cluster.errors import ConfigError
+
+
+@contextmanager
+def announced(folder: Path, host: str, port: int, labels: Mapping[str, str]) -> Iterator[Path]:
+    """Announce ``host:port`` in ``folder``, and take it back at the end; gives the file.
+
+    Args:
+        folder: is made if it is missing; Prometheus reads ``folder/*.json``.
+        host: as bound; where that is every address, this machine's name is announced.
+        port: as bound.
+        labels: for every sample of the run.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    reachable = socket.getfqdn() if host in ("0.0.0.0", "::", "") else host
+    path = folder / f"metafleet-{socket.gethostname()}-{os.getpid()}-{port}.json"
+    text = json.dumps([{"targets": [f"{reachable}:{port}"], "labels": dict(labels)}], indent=1) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise ConfigError(
+            f"execution.metrics_discovery {folder}: {error.strerror}; give a folder that this user may write to"
+        ) from error
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
