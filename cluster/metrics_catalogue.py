@@ -180,10 +180,10 @@ def document() -> str:
     lines = [
         "# Metrics",
         "",
-        "Written by `python -m cluster.metrics_catalogue`; not to be edited. The coordinator serves these, workers nothing.",
-        "A gauge of what does not exist yet (the loss before the first commit) is NaN. Beside these are the",
-        "standard `process_…` metrics of the coordinator (memory, CPU, open files); the object store, nodes and GPUs as such",
-        "are in Ray's own metrics (`ray_…`).",
+        "Written by `python -m cluster.metrics_catalogue`; not to be edited. The coordinator serves these, workers",
+        "nothing. A gauge of what does not exist yet (the loss before the first commit) is NaN. Beside these are the",
+        "standard `process_…` metrics of the coordinator (memory, CPU, open files); the object store, nodes and GPUs",
+        "as such are in Ray's own metrics (`ray_…`).",
     ]
     for title, metrics in SECTIONS.items():
         lines += ["", f"## {title}", "", "| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
