@@ -168,7 +168,13 @@ def metrics_address(driver: Driver) -> str:
 
 
 @pytest.fixture(scope="session")
-def cluster(environment: dict[str, str]) -> Iterator[str]:
+def cluster_metrics() -> str:
+    """Where Ray's own metrics of the cluster are."""
+    return f"127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="session")
+def cluster(environment: dict[str, str], cluster_metrics: str) -> Iterator[str]:
     """The address of a Ray cluster that goes on from test to test."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's socket paths must be short
     port = free_port()
@@ -182,6 +188,7 @@ def cluster(environment: dict[str, str]) -> Iterator[str]:
         "min-worker-port": 0,
         "max-worker-port": 0,
         "include-dashboard": "false",
+        "metrics-export-port": cluster_metrics.rpartition(":")[2],
     }
     argv = [
         "start",

@@ -1,0 +1,125 @@
+"""A real Prometheus, configured as shipped, scrapes real runs: every panel and every alert has its data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import Pictures, free_port
+from tests.system.driving import Command, wait_for
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="no Prometheus: apt-get install prometheus"),
+]
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ONLY_ON_GPUS = {"GPU utilisation", "Memory of GPUs"}
+"""Panels that are empty on a machine without one."""
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> ModuleType:
+    """The module that makes the dashboard."""
+    spec = importlib.util.spec_from_file_location("metafleet_dashboard", DEPLOY / "grafana" / "dashboard.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, cluster: str, cluster_metrics: str) -> Iterator[Ask]:
+    """A server with what is shipped, but for paths, its port and shorter intervals; gives its HTTP API."""
+    folder, port = tmp_path / "prometheus", free_port()
+    shutil.copytree(DEPLOY / "prometheus", folder)
+    config = (folder / "prometheus.yml").read_text()
+    config = config.replace("/tmp/ray/prom_metrics_service_discovery.json", str(folder / "ray.json"))
+    config = re.sub(r"(scrape|evaluation|refresh)_interval: \d+s", r"\1_interval: 1s", config)
+    (folder / "prometheus.yml").write_text(config.replace("127.0.0.1:9090", f"127.0.0.1:{port}"))
+    (folder / "ray.json").write_text(json.dumps([{"targets": [cluster_metrics]}]))
+    argv = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/tsdb"]
+    with (tmp_path / "prometheus.log").open("w") as log:
+        server = subprocess.Popen(["prometheus", *argv, f"--web.listen-address=127.0.0.1:{port}"], stderr=log)
+
+    def ask(what: str, **parameters: str) -> Any:
+        url = f"http://127.0.0.1:{port}/api/v1/{what}?{urllib.parse.urlencode(parameters)}"
+        try:
+            with urllib.request.urlopen(url, timeout=20) as reply:
+                return json.load(reply)["data"]
+        except urllib.error.HTTPError as error:
+            assert error.code == 503, f"{parameters}: {error.read().decode()}"
+        except (ConnectionError, urllib.error.URLError):
+            pass
+        return None  # it is not ready yet
+
+    try:
+        wait_for(lambda: ask("status/runtimeinfo"), "a Prometheus server")
+        yield ask
+    finally:
+        server.kill()
+        server.wait()
+
+
+def expression(query: str) -> str:
+    """A panel's query for all runs and workers."""
+    return query.replace("$__rate_interval", "20s").replace("$run", ".*").replace("$worker", ".*")
+
+
+@pytest.mark.timeout(300)
+def test_every_panel_and_every_alert_reads_what_runs_serve(
+    prometheus: Ask, dashboard: ModuleType, pictures: Pictures, cluster: str, command: Command, tmp_path: Path
+) -> None:
+    script = tmp_path / "faults.json"
+    script.write_text(json.dumps([{"point": "compute", "action": "sigkill", "shard": 40}]))
+    often = ("--execution.metrics_discovery", tmp_path / "prometheus" / "targets", "--address", cluster)
+    lasting = ("--steps", 1_000_000, "--evaluation.every", 20, "--workers", 1, "--execution.backoff", 0.1)
+    first = command.start(
+        *("train", *pictures.argv, "--run-dir", "pictures", *often, *lasting), METAFLEET_FAULTS=str(script)
+    )
+    tiny = ("--evaluation.val_episodes", 4, "--shard.episodes", 2, "--shard.chunk", 2)
+    tiny = (*tiny, "--execution.cpus_per_worker", 0.5)
+    command.start("train", "sinusoid-maml", "--run-dir", "waves", *often, *lasting, *tiny)
+
+    def empty() -> list[str]:
+        found = []
+        for panel in (panel for panels in dashboard.ROWS.values() for panel in panels):
+            for query in panel.queries:
+                if not prometheus("query", query=expression(query.expression))["result"]:
+                    found.append(f"{panel.title}: {expression(query.expression)}")
+        return [text for text in found if text.partition(":")[0] not in ONLY_ON_GPUS]
+
+    wait_for(lambda: not empty(), "data for every panel: see prometheus.log", 150)
+    rules = prometheus("rules")["groups"][0]["rules"]
+    assert len(rules) == 9
+    assert {rule["health"] for rule in rules} == {"ok"}
+    assert {rule["name"]: rule["state"] for rule in rules if rule["state"] != "inactive"} == {}
+
+    first.send(signal.SIGKILL)
+    down = next(rule["query"] for rule in rules if rule["name"] == "MetafleetDown")
+    (silent,) = wait_for(lambda: prometheus("query", query=down)["result"], "the alert's expression")
+    assert silent["metric"]["run"] == "pictures"
+
+
+def test_the_exposition_is_what_promtool_accepts(undisturbed: Any) -> None:
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=undisturbed.scraped, text=True, capture_output=True, timeout=60
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
