@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -28,8 +29,6 @@ CONNECT_SECONDS = 5.0
 """How long a cluster's head may take to accept a connection before it counts as absent."""
 
 QUIET = {
-    # The mode is decided here and not by Ray's default, which would write a token file into the home folder.
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A lost worker is reported by the dispatcher, in one line; Ray would add its own, whatever log_to_driver says.
@@ -45,6 +44,9 @@ JOINED = {
     # Attempts (of 40 s) to talk to whatever listens at the address; Ray's own limit is 20 of them.
     "RAY_gcs_server_port_wait_time_s": "1",
 }
+
+EXPLAINED = (ConnectionError, RuntimeError, ValueError, TimeoutError)
+"""What `ray.init` raises where there is no cluster, or none that wants us."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
@@ -78,7 +80,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
     """
     # Ray reads its settings when it is imported: nothing on the way to here may have done that.
     local = address == "local"
-    for name, value in (QUIET | (LOCAL if local else JOINED)).items():
+    for name, value in (_authentication(local) | QUIET | (LOCAL if local else JOINED)).items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -99,8 +101,9 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
             }
         try:
             try:
-                ray.init(**options)
-            except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+                with _held_stderr(EXPLAINED):
+                    ray.init(**options)
+            except EXPLAINED as error:
                 raise ClusterError(_why_not(address, error)) from error
             except SystemExit as stop:
                 # Ray's own handler of SIGTERM exits with the bare number.
@@ -111,6 +114,38 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
             yield ClusterResources(ray.cluster_resources, ray.available_resources)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _held_stderr(explained: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Hold back what native code writes to stderr meanwhile, and drop it where an ``explained`` error says it all."""
+    with tempfile.TemporaryFile() as held:
+        kept = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except explained:
+            held.truncate(0)
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            os.write(2, held.read())
+
+
+def _authentication(local: bool) -> dict[str, str]:
+    """Who may talk to the cluster, unless the user's environment decides.
+
+    Ray 2.60 binds some ports of a local cluster to all addresses: only who has the token is listened to, and it lives
+    in the environment of this user's processes alone. The mode is always decided here and never by Ray's default,
+    which would write a token file into the home folder.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not local:
+        return {"RAY_AUTH_MODE": "disabled"}
+    if "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return {"RAY_AUTH_MODE": "token"}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def usable_cpus() -> int:
@@ -224,7 +259,12 @@ def _why_not(address: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if address == "local":
         return f"could not start Ray on this machine: {first}"
-    # Something listens there and does not answer: its authentication may be another one than ours.
-    token = "" if isinstance(error, OSError) else "; one with token authentication needs RAY_AUTH_MODE=token"
+    if first.startswith("Version mismatch"):
+        both = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+        versions = " and ".join(f"Ray {ray} with Python {python}" for ray, python in both)
+        return f"the cluster and this process differ ({versions}): run with the same versions of both, to the patch"
+    # At HOST:PORT something listens: its authentication may be another one than ours.
+    absent = address == "auto" and isinstance(error, OSError)
+    token = "" if absent else "; one with tokens needs RAY_AUTH_MODE=token, and another run's own cannot be joined"
     start = "start one with `ray start --head`, or leave out --address"
     return f"no Ray cluster at {address!r} ({first[:160]}): {start}{token}"

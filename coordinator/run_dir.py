@@ -92,7 +92,7 @@ class RunDirectory:
         run = RunDirectory(partial)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.mkdir()
+            partial.mkdir(mode=0o700)
             for folder in ("epochs", "log", "checkpoints"):
                 (partial / folder).mkdir()
             save_resolved(config, run.config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,10 @@ def test_a_new_run_has_its_folders_and_its_owner(tmp_path: Path) -> None:
     run.release()
     run.release()
     RunDirectory(run.path).acquire()
+
+
+def test_nobody_else_may_look_into_a_run(tmp_path: Path) -> None:
+    assert stat.S_IMODE(new_run(tmp_path / "run").path.stat().st_mode) == 0o700
 
 
 def test_a_directory_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
