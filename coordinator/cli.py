@@ -140,14 +140,14 @@ def _next_value(key: str, rest: deque[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def _report(as_json: bool, command: Callable[[], dict[str, Any]]) -> None:
-    """Run a command that shows its report itself, or, for JSON, print what it returns and nothing else."""
+def _report(as_json: bool, command: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a command that shows its report itself, or, for JSON, print what it returns and nothing else; return that."""
     if not as_json:
-        command()
-        return
+        return command()
     with _stdout_to_stderr():
         report = command()
     click.echo(json.dumps(_finite(report), allow_nan=False))
+    return report
 
 
 @contextlib.contextmanager
@@ -182,6 +182,32 @@ def _finite(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
+def _shorthands(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of `train` and `submit` that stand for a configuration field, and the hidden one for all others."""
+    options = (
+        click.option(
+            "--workers", metavar="N", help="Worker actors; as many as the free CPUs (or GPUs) allow when not given."
+        ),
+        click.option("--steps", metavar="VERSIONS", help="Outer updates of the whole run."),
+        click.option("--seed", metavar="S", help="Seed of the initial parameters and of every episode."),
+        click.option("--store", metavar="STORE", help="Episode store, for recipes that need one."),
+        click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, hidden=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "workers", "store")}
+"""The configuration field that an option of `train` sets, where the names differ."""
+
+
+def _overrides(settings: Iterable[str], named: dict[str, str | None]) -> list[tuple[str, str]]:
+    """What `_shorthands` and other named options ask of the configuration; the named ones go last and so hold."""
+    overrides = [(key, value) for key, _, value in (setting.partition("=") for setting in settings)]
+    return overrides + [(_FIELD_OF.get(name, name), value) for name, value in named.items() if value is not None]
+
+
 @click.group(cls=GroupInOrder, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(package_name="metafleet", message="%(prog)s %(version)s")
 @click.pass_context
@@ -204,11 +230,7 @@ def app(context: click.Context) -> None:
     help="Go on with the run in this directory, to the same result; auto: with the one in --run-dir, if there is one.",
 )
 @click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
-@click.option("--workers", metavar="N", help="Worker actors; as many as the free CPUs (or GPUs) allow when not given.")
-@click.option("--steps", metavar="VERSIONS", help="Outer updates of the whole run.")
-@click.option("--seed", metavar="S", help="Seed of the initial parameters and of every episode.")
-@click.option("--store", metavar="STORE", help="Episode store, for recipes that need one.")
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, hidden=True)
+@_shorthands
 @_json
 def train(
     recipe: str | None, resume: Path | None, settings: tuple[str, ...], as_json: bool, **named: str | None
@@ -219,13 +241,86 @@ def train(
     """
     from coordinator import commands
 
-    overrides = [(key, value) for key, _, value in (setting.partition("=") for setting in settings)]
-    overrides += [(_FIELD_OF.get(name, name), value) for name, value in named.items() if value is not None]
-    _report(as_json, lambda: commands.train(recipe, overrides, resume, as_json=as_json))
+    _report(as_json, lambda: commands.train(recipe, _overrides(settings, named), resume, as_json=as_json))
 
 
-_FIELD_OF = {name: f"execution.{name}" for name in ("run_dir", "address", "workers", "store")}
-"""The configuration field that an option of `train` sets, where the names differ."""
+@app.command(cls=OverridesCommand, short_help="Train a recipe as a job of a Ray cluster.")
+@click.argument("recipe", required=False)
+@click.option(
+    "--address",
+    metavar="URL",
+    envvar="RAY_API_SERVER_ADDRESS",
+    default="http://localhost:8265",
+    show_default=True,
+    help="The cluster's job server, http://HEAD:8265; $RAY_API_SERVER_ADDRESS when not given.",
+)
+@click.option(
+    "--run-dir",
+    metavar="DIR",
+    help="Run directory as the cluster sees it: a whole path, on storage that all nodes share and that outlives them. "
+    "The same line submitted again goes on with the run there. Required.",
+)
+@_shorthands
+@click.option(
+    "--working-dir",
+    type=_path,
+    metavar="DIR",
+    help="Folder to ship as the job's working directory, say the source tree, whose code then runs; without it the "
+    "job runs the Metafleet that is installed there. What its .gitignore names, data, caches and keys stay here.",
+)
+@click.option(
+    "--exclude", metavar="PATTERN", multiple=True, help="Leave this out too, as .gitignore has it. Repeatable."
+)
+@click.option(
+    "--max-size", type=_count, metavar="MIB", default=100, show_default=True, help="Most to ship; more is refused."
+)
+@click.option("--submission-id", metavar="ID", help="Name of the job; from recipe and time when not given.")
+@click.option(
+    "--grace",
+    type=_count,
+    metavar="SECONDS",
+    default=60,
+    show_default=True,
+    help="Time that a stopped job has for its checkpoint.",
+)
+@click.option(
+    "--python", metavar="PATH", default="python", show_default=True, help="Python on the cluster's head to run it with."
+)
+@click.option(
+    "--on-interrupt",
+    type=click.Choice(["detach", "stop"]),
+    default="detach",
+    show_default=True,
+    help="What Ctrl-C does: leave the job running, or stop it and wait for its checkpoint.",
+)
+@click.option("--wait/--no-wait", default=True, help="Follow the log and end as the job ends; or leave at once.")
+@_json
+def submit(
+    recipe: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    run_dir: str | None,
+    workers: str | None,
+    steps: str | None,
+    seed: str | None,
+    store: str | None,
+    **options: Any,
+) -> None:
+    """Train RECIPE, as `metafleet train` takes it, as a job of a running Ray cluster, and follow its log.
+
+    The configuration is checked here and sent whole; a .toml recipe need not be on the cluster. Exit code: the job's
+    own, 0 when it succeeded, 143 when it was stopped, 130 after Ctrl-C, which leaves it running. For a cluster with
+    token authentication set RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or a file at RAY_AUTH_TOKEN_PATH.
+
+    Every configuration field is an option, see below.
+    """
+    from coordinator import commands
+    from coordinator.submit import SubmitOptions
+
+    named = {"run_dir": run_dir, "workers": workers, "steps": steps, "seed": seed, "store": store}
+    overrides = _overrides(settings, named)
+    report = _report(as_json, lambda: commands.submit(recipe, overrides, SubmitOptions(**options)))
+    click.get_current_context().exit(report["exit_code"])
 
 
 @app.command(short_help="Evaluate a run on held-out episodes.")

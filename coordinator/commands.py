@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cluster.episodes.ingest_omniglot import Part
     from cluster.episodes.store_header import StoreHeader
     from cluster.messages import SplitName
+    from coordinator.submit import SubmitOptions
 
 Report = dict[str, Any]
 """Plain data: dicts with text keys, lists, numbers, text, None."""
@@ -63,6 +64,31 @@ def train(recipe: str | None, overrides: Sequence[Override], resume: Path | None
     from coordinator.session import train_command
 
     return train_command(config, resume=resume, as_json=as_json)
+
+
+def submit(recipe: str | None, overrides: Sequence[Override], options: SubmitOptions) -> Report:
+    """Train a recipe with overrides as a job of a Ray cluster; the store and the run directory are the cluster's.
+
+    Raises:
+        ConfigError: refused configuration, or a path that the cluster could not know.
+        ClusterError: no such cluster, or one that refuses.
+    """
+    config = resolve(load_recipe(recipe or DEFAULT_RECIPE), overrides)
+    if any(key.replace("-", "_") == "execution.address" for key, _ in overrides):
+        raise ConfigError("a job joins the cluster that it runs on: give --address, and leave execution.address out")
+    _check_store_wanted(config)
+    run_dir, store = config.execution.run_dir, config.execution.store
+    if run_dir is None or not Path(run_dir).is_absolute():
+        raise ConfigError(
+            f"a job needs a run directory by its whole path, on storage that all nodes share, got {run_dir or 'none'}: "
+            "give --run-dir /SHARED/DIR"
+        )
+    if store is not None and not Path(store).is_absolute():
+        raise ConfigError(f"a job needs its store by the whole path that the cluster has it at, got --store {store}")
+
+    from coordinator.submit import submit_command
+
+    return submit_command(config, options)
 
 
 @dataclass(frozen=True)
@@ -272,6 +298,13 @@ def _whole_path(config: RunConfig) -> RunConfig:
 
 
 def _check_store(config: RunConfig) -> None:
+    _check_store_wanted(config)
+    store = config.execution.store
+    if store is not None and not Path(store).exists():
+        raise StoreError(f"no episode store at {store}: make one with `metafleet ingest`")
+
+
+def _check_store_wanted(config: RunConfig) -> None:
     store, needed = config.execution.store, isinstance(config.data, StoreData)
     if needed and store is None:
         raise ConfigError(
@@ -282,8 +315,6 @@ def _check_store(config: RunConfig) -> None:
             f"--store {store} would be unused, since data.type is {config.data.type}; give --data.type store as well, "
             "or a recipe that needs a store"
         )
-    if store is not None and not Path(store).exists():
-        raise StoreError(f"no episode store at {store}: make one with `metafleet ingest`")
 
 
 def _inspect_store(path: Path, sheet: Path | None, *, as_json: bool) -> Report:

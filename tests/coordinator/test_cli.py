@@ -78,6 +78,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
         ["recipes"],
         ["train", "--learner.inner_stepz", "3"],
         ["train", "omniglot-maml"],
+        ["submit", "--help"],
+        ["submit", "omniglot-maml"],
     ],
     ids=" ".join,
 )
@@ -105,7 +107,7 @@ def test_help_lists_the_commands_in_order_of_use(capsys: pytest.CaptureFixture[s
     assert main([]) == 0
     lines = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines] == [
-        "train", "evaluate", "attention", "replay", "ingest", "inspect", "recipes",
+        "train", "submit", "evaluate", "attention", "replay", "ingest", "inspect", "recipes",
     ]  # fmt: skip
 
 
