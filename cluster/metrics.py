@@ -35,7 +35,7 @@ from cluster.device import versions
 from cluster.durable import write_atomically
 from cluster.errors import PortError
 from cluster.messages import Contribution
-from cluster.metrics_catalogue import BUILD_LABELS, CATALOGUE, SLOTS, FailureKind, Metric, Phase
+from cluster.metrics_catalogue import BUILD_LABELS, CATALOGUE, NODES, SLOTS, FailureKind, Metric, Phase
 
 TASKS: dict[bool, Literal["classification", "regression"]] = {False: "classification", True: "regression"}
 
@@ -87,6 +87,8 @@ class Metrics:
         self._of["commit_age_seconds"].set_function(lambda: self._clock() - self._commit_at)
         self._of["checkpoint_age_seconds"].set_function(lambda: self._clock() - self._checkpoint_at)
         self._most_workers = 0
+        self._nodes: dict[str, int] = {}
+        self._named: set[str] = set()
         self._phases: list[Phase] = []
         self._phase_at = 0.0
 
@@ -158,8 +160,17 @@ class Metrics:
         """So many shards are with workers now."""
         self._of["in_flight_shards"].set(shards)
 
-    def workers(self, alive: int, wanted: int | None = None) -> None:
-        """So many workers are alive now, of so many that were asked for."""
+    def workers(self, alive: int, wanted: int | None = None, nodes: Mapping[str, int] | None = None) -> None:
+        """So many workers are alive now, of so many that were asked for; on these nodes."""
+        if nodes is not None and nodes != self._nodes:
+            self._nodes = dict(nodes)
+            counts = dict.fromkeys(self._named, 0)
+            for node, count in sorted(nodes.items()):
+                label = node if node in counts or len(counts) < NODES else "other"
+                counts[label] = counts.get(label, 0) + count
+            for label, count in counts.items():
+                self._of["node_workers"].labels(label).set(count)
+            self._named = set(counts)
         self._most_workers = max(self._most_workers, alive)
         self._of["workers_alive"].set(alive)
         self._of["workers_wanted"].set(self._most_workers if wanted is None else wanted)

@@ -22,6 +22,9 @@ PREFIX: Final = "metafleet_"
 SLOTS: Final = 256
 """Worker slots that have a label of their own; all higher ones share ``256+``, so that the label stays bounded."""
 
+NODES: Final = 256
+"""Nodes that have a label of their own."""
+
 STALENESS_BUCKETS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 """Upper bounds, versions."""
 
@@ -113,6 +116,7 @@ SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
     "Is it healthy": (
         Metric("workers_alive", "gauge", "Workers alive now."),
         Metric("workers_wanted", "gauge", "Workers asked for, or else the most that there have been at once."),
+        Metric("node_workers", "gauge", "Workers alive now on each node that has had any.", ("node",)),
         Metric("failures", "counter", "Failed attempts and refused contributions.", ("kind",)),
         Metric("goodput_ratio", "gauge", "Shards that counted, of those that were computed, over the whole run."),
         Metric(
@@ -170,6 +174,7 @@ LABELS: Final = {
     "phase": ", ".join(f"`{phase}`" for phase in get_args(Phase)),
     "kind": ", ".join(f"`{kind}`" for kind in get_args(FailureKind)),
     "cause": "what shards were lost to, see docs/failure-model.md; fewer than ten values",
+    "node": f"host name and the beginning of Ray's node id; `other` beyond {NODES} nodes",
     "worker": f"the worker's slot, 0 to {SLOTS - 1}, and `{SLOTS}+` for all above",
 }
 """What the values of labels may be."""

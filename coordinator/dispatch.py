@@ -15,8 +15,8 @@ since, and is ignored.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from cluster.errors import NumericsError, PoisonShardError
@@ -93,6 +93,11 @@ class Dispatcher:
     def workers(self) -> int:
         """Workers ready now."""
         return len(self._roster)
+
+    @property
+    def nodes(self) -> Mapping[str, int]:
+        """Workers ready now on each node, by host name and the beginning of Ray's node id."""
+        return Counter(f"{member.hello.node}/{member.hello.node_id[:8]}" for member in self._roster)
 
     @property
     def in_flight(self) -> int:

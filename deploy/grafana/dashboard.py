@@ -199,6 +199,12 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             least=0,
         ),
         Panel(
+            "Workers by node",
+            "Workers alive on each node; a node that falls to 0 has lost all of its workers.",
+            (Query(chosen("metafleet_node_workers"), "{{run}} {{node}}"),),
+            least=0,
+        ),
+        Panel(
             "Shards a second by worker",
             "Contributions of each worker, a second; a line below the others is a straggler.",
             (Query(rate(f"metafleet_worker_shards_total{WORKER}"), "{{run}} {{worker}}"),),

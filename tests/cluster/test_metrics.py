@@ -23,7 +23,7 @@ from cluster.discovery import announced
 from cluster.errors import ConfigError, PortError
 from cluster.messages import Contribution, ShardStatistics
 from cluster.metrics import Metrics, RunInfo
-from cluster.metrics_catalogue import CATALOGUE, LABELS, SECONDS_BUCKETS, document
+from cluster.metrics_catalogue import CATALOGUE, LABELS, NODES, SECONDS_BUCKETS, document
 
 INFO = RunInfo("first-try", "glyphs-maml", "maml", "sync", 7, "ab" * 32)
 
@@ -269,6 +269,17 @@ def test_workers_wanted_is_what_was_asked_for_or_the_most_there_were() -> None:
     assert value(metrics, "workers_wanted") == 4 and value(metrics, "workers_alive") == 3
     metrics.workers(3, wanted=8)
     assert value(metrics, "workers_wanted") == 8
+
+
+def test_workers_by_node_and_nodes_are_bounded() -> None:
+    metrics = Metrics(INFO)
+    metrics.workers(3, None, {"a/1": 2, "b/2": 1})
+    metrics.workers(2, None, {"a/1": 2})
+    assert [value(metrics, "node_workers", node=node) for node in ("a/1", "b/2")] == [2, 0]
+    metrics.workers(300, None, {f"n/{number:03}": 1 for number in range(300)})
+    families = {family.name: family for family in metrics.registry.collect()}
+    found = {sample.labels["node"]: sample.value for sample in families["metafleet_node_workers"].samples}
+    assert len(found) == NODES + 1 and found["other"] == 300 - (NODES - 2) and found["a/1"] == 0
 
 
 def test_a_gpu_is_told_of_where_there_is_one() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -178,11 +179,12 @@ def test_a_node_that_is_drained(command: Command, nodes: Nodes, undisturbed: str
 
 
 def test_a_node_that_joins(command: Command, nodes: Nodes, undisturbed: str) -> None:
-    nodes.cluster.remove_node(nodes.workers[0])
     driver = training(command, nodes)
     nodes.add()
     report = must_be(driver.finish(), undisturbed)
-    assert report["workers"] == 4
+    assert report["workers"] == 6
+    kept = (command.folder / "run" / "metrics.openmetrics").read_text()
+    assert len(re.findall(r'^metafleet_node_workers\{node="[^"]+"\} [1-9]', kept, re.MULTILINE)) == 3
 
 
 def test_a_node_of_other_hardware_joins(command: Command, nodes: Nodes, undisturbed: str) -> None:
