@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,42 @@ def cluster(environment: dict[str, str], cluster_metrics: str) -> Iterator[str]:
         head = command.start(*argv, script=Path(sys.executable).with_name("ray"), RAY_AUTH_MODE="disabled")
         head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
         yield f"127.0.0.1:{port}"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a Ray cluster, with a job server."""
+
+    process: Driver
+    command: Command
+    """Of commands in its folder, which end with it."""
+    address: str
+    dashboard: str
+
+
+@contextmanager
+def ray_head(environment: dict[str, str], **allowed: str) -> Iterator[Head]:
+    """A head that ends with the block; ``allowed`` says who may talk to it."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    port, dashboard = free_port(), free_port()
+    flags = {
+        "port": port,
+        "num-cpus": CLUSTER_CPUS,
+        "temp-dir": folder,
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "ray-client-server-port": free_port(),
+        "object-store-memory": 200_000_000,
+        "include-dashboard": "true",
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+    }
+    argv = ["start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
+    with Command(folder, environment) as command:
+        head = command.start(*argv, script=Path(sys.executable).with_name("ray"), **allowed)
+        head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
+        yield Head(head, command, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
     shutil.rmtree(folder, ignore_errors=True)
 
 

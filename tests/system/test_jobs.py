@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 
 from coordinator import checkpoint as checkpoints
 from coordinator.run_dir import RunDirectory
-from tests.system.conftest import free_port
+from tests.system.conftest import ray_head
 from tests.system.driving import SCRIPT, Command, entries_of, family, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -74,34 +71,16 @@ class JobServer:
 def jobs(environment: dict[str, str]) -> Iterator[JobServer]:
     from ray.job_submission import JobSubmissionClient
 
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    dashboard = free_port()
-    flags = {
-        "port": free_port(),
-        "num-cpus": 4,
-        "temp-dir": folder,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "object-store-memory": 200_000_000,
-        "include-dashboard": "true",
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-    }
-    argv = ["start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
-    with Command(folder, environment) as command, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ray_head(environment, RAY_AUTH_MODE="disabled") as head:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        head = command.start(*argv, script=Path(sys.executable).with_name("ray"), RAY_AUTH_MODE="disabled")
-        head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
 
         def client() -> Any:
             try:
-                return JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
+                return JobSubmissionClient(head.dashboard)
             except (ConnectionError, RuntimeError):
                 return None
 
-        yield JobServer(head.until(client, "a job server"), head.pid)
-    shutil.rmtree(folder, ignore_errors=True)
+        yield JobServer(head.process.until(client, "a job server"), head.process.pid)
 
 
 @pytest.fixture(scope="module")

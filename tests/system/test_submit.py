@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.run_dir import RunDirectory
-from tests.system.conftest import free_port
+from tests.system.conftest import ray_head
 from tests.system.driving import Command, Driver, Finished, entries_of, newest_checkpoint, wait_for
 
 pytestmark = [
@@ -65,28 +65,12 @@ class Cluster:
 
 @contextlib.contextmanager
 def head(environment: dict[str, str], **allowed: str) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    dashboard, port = free_port(), free_port()
-    flags = {
-        "port": port,
-        "num-cpus": 4,
-        "temp-dir": folder,
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "object-store-memory": 200_000_000,
-        "include-dashboard": "true",
-        "min-worker-port": 0,
-        "max-worker-port": 0,
-    }
-    argv = ["start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
-    with Command(folder, {**environment, "HOME": str(folder)}) as command:
-        started = command.start(*argv, script=RAY, **allowed)
-        started.until(lambda: "Ray runtime started" in started.out + started.err, "a cluster")
-        cluster = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", command, allowed)
-        started.until(lambda: answers(f"{cluster.address}/api/version"), "a job server")
+    home = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    with ray_head({**environment, "HOME": home}, **allowed) as started:
+        cluster = Cluster(started.dashboard, started.address, started.command, allowed)
+        started.process.until(lambda: answers(f"{cluster.address}/api/version"), "a job server")
         yield cluster
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def answers(url: str) -> bool:
