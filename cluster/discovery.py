@@ -21,14 +21,16 @@ def announced(folder: Path, host: str, port: int, labels: Mapping[str, str]) -> 
         folder: is made if it is missing; Prometheus reads ``folder/*.json``.
         host: as bound; where that is every address, this machine's name is announced.
         port: as bound.
-        labels: for every sample of the run.
+        labels: for every sample of the run; ``run`` names the file, so that a run which is resumed takes over what a
+            killed driver has left.
 
     Raises:
         ConfigError: the folder cannot be written to.
     """
     reachable = socket.getfqdn() if host in ("0.0.0.0", "::", "") else host
-    path = folder / f"metafleet-{socket.gethostname()}-{os.getpid()}-{port}.json"
-    text = json.dumps([{"targets": [f"{reachable}:{port}"], "labels": dict(labels)}], indent=1) + "\n"
+    target = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
+    path = folder / f"metafleet-{socket.gethostname()}-{labels.get('run', os.getpid())}.json"
+    text = json.dumps([{"targets": [target], "labels": dict(labels)}], indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text.encode()))

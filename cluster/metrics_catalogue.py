@@ -173,7 +173,7 @@ LABELS: Final = {
     "step": "0, 1, 2, 5, 10 … and `last`",
     "phase": ", ".join(f"`{phase}`" for phase in get_args(Phase)),
     "kind": ", ".join(f"`{kind}`" for kind in get_args(FailureKind)),
-    "cause": "what shards were lost to, see docs/failure-model.md; fewer than ten values",
+    "cause": "what shards were lost to: a dozen values, see docs/failure-model.md",
     "node": f"host name and the beginning of Ray's node id; `other` beyond {NODES} nodes",
     "worker": f"the worker's slot, 0 to {SLOTS - 1}, and `{SLOTS}+` for all above",
 }

@@ -120,6 +120,8 @@ def _refuse_absent(address: str) -> None:
     """
     try:
         parts = urlsplit(address)
+        if "@" in parts.netloc:  # and not a word of it in the message
+            raise ConfigError("--address has a user name in it: Ray's job server takes none, it may want a token")
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except (KeyError, ValueError):
         parts = None

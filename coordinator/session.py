@@ -70,7 +70,7 @@ def train_command(config: RunConfig, *, resume: Path | None, as_json: bool) -> d
         found = find(config, resume, source, learner, stack) if resume else None
         refuse_unaffordable(config)
         where = found.run.path if found else path
-        metrics, endpoint = _metrics(config, where, stack)
+        metrics, endpoint = _metrics(config, where, stack, view)
         watch = Watch(view, metrics, stack.enter_context(Signals(view)))
         crew = stack.enter_context(ray_crew(config, view.message))
         if endpoint is not None:
@@ -168,7 +168,7 @@ def _run_path(config: RunConfig) -> Path:
     return Path("runs") / f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _metrics(config: RunConfig, path: Path, stack: ExitStack) -> tuple[Metrics, str | None]:
+def _metrics(config: RunConfig, path: Path, stack: ExitStack, view: View) -> tuple[Metrics, str | None]:
     """The metrics of the run in ``path``, and where they are served and announced while ``stack`` lives."""
     info = RunInfo(
         path.name, config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest()
@@ -178,6 +178,8 @@ def _metrics(config: RunConfig, path: Path, stack: ExitStack) -> tuple[Metrics, 
         return metrics, None
     host, port = metrics.serve(config.execution.metrics_host, config.execution.metrics_port)
     stack.callback(metrics.close)
+    if not host.startswith("127."):
+        view.message(f"metrics are served on {host}: whoever reaches this machine can read them")
     if config.execution.metrics_discovery is not None:
         stack.enter_context(announced(Path(config.execution.metrics_discovery), host, port, {"run": path.name}))
     return metrics, f"http://{host}:{port}/metrics"

@@ -296,7 +296,7 @@ def _surveyed(options: SubmitOptions) -> Survey | None:
     _say(f"shipping {len(found.sizes)} files of {options.working_dir}, {mib(found.size)}")
     for what, paths in (
         ("TOML files that .gitignore or .rayignore leaves out", found.ignored_recipes),
-        ("links to folders, which are not followed", found.links),
+        ("links to folders, to nothing, or out of the folder, which are not followed", found.links),
     ):
         if paths:
             named = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
@@ -312,7 +312,7 @@ def _job_file(config: RunConfig, folder: Path) -> str:
 
 
 def _ray_job(what: str, address: str, job: str) -> str:
-    return f"ray job {what} --address {address} {job}"
+    return shlex.join(["ray", "job", *what.split(), "--address", address, job])
 
 
 def _say(line: str) -> None:

@@ -17,7 +17,7 @@ from pathspec import GitIgnoreSpec
 from cluster.errors import ConfigError
 
 EXCLUDES = (
-    *(".git", ".venv/", "venv/", "node_modules/", "runs/", "__pycache__/", "*.pyc", "*.egg-info/", ".*_cache/"),
+    *(".git", ".venv/", "venv/", "node_modules/", "/runs/", "__pycache__/", "*.pyc", "*.egg-info/", ".*_cache/"),
     *("*.arrow", "*.arrow.header", "*.safetensors"),
     # Secrets, where people keep them beside their code.
     *(
@@ -28,11 +28,17 @@ EXCLUDES = (
         ".aws",
         ".kube",
         ".ray",
+        ".docker",
+        ".git-credentials",
+        ".npmrc",
+        ".pypirc",
+        ".envrc",
         "auth_token",
         "*.pem",
         "*.key",
-        "id_rsa",
-        "id_ed25519",
+        "id_*",
+        "credentials*",
+        "*_token",
     ),
 )
 """Patterns, as .gitignore has them, of what never goes along."""
@@ -59,7 +65,7 @@ class Survey:
     ignored_recipes: tuple[Path, ...]
     """TOML files that an ignore file leaves out: a recipe may be among them."""
     links: tuple[Path, ...]
-    """Links to folders: they are not followed."""
+    """Links to folders, to nothing, and out of the folder: they are not followed."""
 
     @property
     def size(self) -> int:
@@ -82,7 +88,7 @@ def survey(folder: Path, excludes: Sequence[str] = ()) -> Survey:
         inner = path.relative_to(folder)
         if ignored:
             recipes += [inner] if path.suffix == ".toml" else []
-        elif path.is_dir():
+        elif path.is_dir() or _leads_out(path, folder):
             links.append(inner)
         elif path.is_file():
             sizes[inner] = path.stat().st_size
@@ -143,6 +149,11 @@ def _walk(folder: Path, fixed: GitIgnoreSpec) -> Iterator[tuple[Path, bool]]:
         for path, mark in kept:
             if not mark or path.is_symlink():
                 yield path, _named(path, mark, rules[current])
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Whether it is a link to what is not there, or not in the folder."""
+    return path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve()))
 
 
 def _named(path: Path, mark: str, rules: _Rules) -> bool:

@@ -187,7 +187,7 @@ def test_ignored_files_and_secrets_stay_here_and_ignored_recipes_are_named(tree:
     shipped = {path.as_posix() for path in found.sizes}
     assert shipped == {".gitignore", ".rayignore", "code/.gitignore", "code/run.py", "kept.toml", "big/one.bin"}
     assert [path.as_posix() for path in found.ignored_recipes] == ["hidden/theirs.toml", "mine.toml"]
-    assert [path.as_posix() for path in found.links] == ["link"]
+    assert [path.as_posix() for path in found.links] == ["dangling", "link"]
 
 
 def test_too_much_is_refused_with_the_largest_entries(tree: Path) -> None:
@@ -220,7 +220,7 @@ def test_what_is_shipped_is_said_and_sent(
     assert "code/run.py" in server.submitted[0][1] and "mine.toml" not in server.submitted[0][1]
     err = capsys.readouterr().err
     assert "shipping 7 files of ., 0.0 MiB" in err
-    assert "leaves out: hidden/theirs.toml, mine.toml" in err and "not followed: link" in err
+    assert "leaves out: hidden/theirs.toml, mine.toml" in err and "which are not followed: " in err and "link" in err
     (tree / "large").write_bytes(bytes(1 << 20))
     assert submit("sinusoid-maml", *RUN, "--working-dir", ".", "--max-size", 1) == 2
     assert "raise --max-size; largest: large 1.0 MiB, big/ 0.0 MiB" in capsys.readouterr().err
@@ -314,3 +314,23 @@ def test_json_is_all_on_stdout_and_the_log_is_not(server: FakeServer, capfd: pyt
 def test_the_entrypoint_is_quoted_for_a_shell() -> None:
     entrypoint = job_request(config(), SubmitOptions(ADDRESS, python="/my pythons/python")).entrypoint
     assert shlex.split(entrypoint)[:4] == ["exec", "/my pythons/python", "-m", "coordinator.job"]
+
+
+def test_links_out_of_the_folder_and_keys_stay_here(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    (folder / "src" / "runs").mkdir(parents=True)
+    (tmp_path / "secret").write_text("s")
+    for name in ("kept.py", "src/runs/__init__.py", ".npmrc", "credentials.json", "id_ecdsa", ".ray_token"):
+        (folder / name).write_text("x")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "nothing").symlink_to(tmp_path / "gone")
+    (folder / "inside.py").symlink_to(folder / "kept.py")
+    found = survey(folder)
+    assert [path.as_posix() for path in found.sizes] == ["inside.py", "kept.py", "src/runs/__init__.py"]
+    assert [path.as_posix() for path in found.links] == ["nothing", "out"]
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="has a user name in it") as refused:
+        ray_jobs.RayJobServer("http://me:hunter2@127.0.0.1:8265")
+    assert "hunter2" not in str(refused.value)
