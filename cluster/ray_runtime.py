@@ -35,8 +35,6 @@ QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died or was killed|The node with node id|Raylet is terminated)",
 }
 LOCAL = {
-    # What is Ray's default on other systems: the node's address is 127.0.0.1, and all ports are bound to it alone.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Processes that Ray starts in advance would never be used: workers get an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
     # There is no dashboard that would show each call.
@@ -139,7 +137,7 @@ def _held_stderr(explained: tuple[type[Exception], ...]) -> Iterator[None]:
 def _authentication(local: bool) -> dict[str, str]:
     """Who may talk to the cluster, unless the user's environment decides.
 
-    Other users of the machine reach a local cluster's ports: only who has the token is listened to, and it lives in
+    Ray 2.60 binds a local cluster's ports to all addresses: only who has the token is listened to, and it lives in
     the environment of this user's processes alone. The mode is always decided here and never by Ray's default, which
     would write a token file into the home folder.
     """

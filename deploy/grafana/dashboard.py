@@ -18,6 +18,7 @@ from grafana_foundation_sdk.builders import dashboard as build
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.common import (
     BigValueColorMode,
+    GraphTresholdsStyleMode,
     LegendDisplayMode,
     LegendPlacement,
     TooltipDisplayMode,
@@ -160,6 +161,12 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             unit="percentunit",
             least=0,
             most=1,
+        ),
+        Panel(
+            "Validation error by adaptation step (regression)",
+            "Held-out mean squared error before adaptation and after each step, of regression runs.",
+            (Query(chosen("metafleet_validation_mse"), "{{run}} step {{step}}"),),
+            least=0,
         ),
         Panel(
             "Gradient norm",
@@ -439,6 +446,8 @@ def _panel(panel: Panel) -> stat.Panel | timeseries.Panel:
         )
     found = found.title(panel.title).description(panel.meaning).datasource(SOURCE).unit(panel.unit)
     found = found.thresholds(_thresholds(panel.thresholds or ((None, "green"),)))
+    if panel.thresholds and isinstance(found, timeseries.Panel):
+        found = found.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.DASHED))
     if panel.least is not None:
         found = found.min(panel.least)
     if panel.most is not None:

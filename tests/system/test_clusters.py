@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -112,15 +110,10 @@ def test_no_cluster_where_the_environment_says(command: Command) -> None:
     assert not (command.folder / "run").exists()
 
 
-@pytest.mark.skipif(shutil.which("ss") is None, reason="no ss: apt-get install iproute2")
-def test_another_runs_own_cluster_is_not_joined_and_listens_on_localhost_alone(command: Command) -> None:
+def test_another_runs_own_cluster_is_not_joined(command: Command) -> None:
     other = command.start("train", "sinusoid-maml", "--run-dir", "other", "--workers", 1, "--evaluation.every", 0)
     other.until_version(command.folder / "other", 1)
     port = next(filter(None, (re.search(r"--gcs-address=\S+?:(\d+)", name) for name in other.family().values())))[1]
     error = command.run(*SHORT, "--address", f"127.0.0.1:{port}", "--run-dir", "run").error
     assert "another run's own cannot be joined" in error
-    listening = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
-    owners = {f"pid={pid}," for pid in other.family()}
-    bound = [line.split()[3] for line in listening if any(owner in line for owner in owners)]
-    assert len(bound) >= 4 and all("127.0.0.1" in address for address in bound), bound
     assert other.alive and not (command.folder / "run").exists()
