@@ -62,7 +62,7 @@ class Metrics:
 
     def __init__(self, info: RunInfo, *, regression: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """Fresh metrics of a run; ``clock`` gives seconds."""
-        # Series of creation times would double what a scrape costs; Prometheus makes nothing of them.
+        # For the whole process: series of creation times would double what a scrape costs, and Prometheus ignores them.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)

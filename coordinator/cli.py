@@ -30,6 +30,20 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there.")
 _path = click.Path(path_type=Path)
 _count = click.IntRange(min=1)
+_address = click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
+_other_store = click.option("--store", type=_path, metavar="STORE", help="Another episode store, taken as a whole.")
+_split = click.option(
+    "--split",
+    type=click.Choice(["train", "val", "test", "all"]),
+    help="Classes to draw from; test when not given, all for another store.",
+)
+_checkpoint = click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Best by validation, or last.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,7 +243,7 @@ def app(context: click.Context) -> None:
     metavar="RUN",
     help="Go on with the run in this directory, to the same result; auto: with the one in --run-dir, if there is one.",
 )
-@click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
+@_address
 @_shorthands
 @_json
 def train(
@@ -257,7 +271,7 @@ def train(
 @click.option(
     "--run-dir",
     metavar="DIR",
-    help="Run directory as the cluster sees it: a whole path, on storage that all nodes share and that outlives them. "
+    help="Run directory as the cluster sees it: a whole path, on storage that outlives its head. "
     "The same line submitted again goes on with the run there. Required.",
 )
 @_shorthands
@@ -325,12 +339,8 @@ def submit(
 
 @app.command(short_help="Evaluate a run on held-out episodes.")
 @click.argument("run", type=_path)
-@click.option("--store", type=_path, metavar="STORE", help="Another episode store, taken as a whole.")
-@click.option(
-    "--split",
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="Classes to draw from; test when not given, all for another store.",
-)
+@_other_store
+@_split
 @click.option("--way", type=_count, metavar="N", help="Classes an episode; the run's when not given.")
 @click.option(
     "--within",
@@ -351,14 +361,8 @@ def submit(
     multiple=True,
     help="Learner option to evaluate with, say eval_steps=20; any that leaves the parameters as they are. Repeatable.",
 )
-@click.option(
-    "--checkpoint",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    show_default=True,
-    help="Best by validation, or last.",
-)
-@click.option("--address", metavar="A", help="Ray cluster: local (default), auto, or HOST:PORT.")
+@_checkpoint
+@_address
 @click.option(
     "--workers",
     type=_count,
@@ -381,11 +385,7 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
 
 @app.command(short_help="Show where an attention learner looks.")
 @click.argument("run", type=_path)
-@click.option(
-    "--split",
-    type=click.Choice(["train", "val", "test", "all"]),
-    help="Classes to draw from; test when not given, all for another store.",
-)
+@_split
 @click.option(
     "--episode",
     type=click.IntRange(min=0, max=10**9),
@@ -397,14 +397,8 @@ def evaluate(run: Path, as_json: bool, **request: Any) -> None:
 @click.option(
     "--picture", type=_path, metavar="PNG", help="Where to draw it; attention.png in the run directory when not given."
 )
-@click.option(
-    "--checkpoint",
-    type=click.Choice(["best", "last"]),
-    default="best",
-    show_default=True,
-    help="Best by validation, or last.",
-)
-@click.option("--store", type=_path, metavar="STORE", help="Another episode store, taken as a whole.")
+@_checkpoint
+@_other_store
 @_json
 def attention(run: Path, as_json: bool, **request: Any) -> None:
     """Show where the attention learner trained in directory RUN looks, on one episode of those that evaluate draws.

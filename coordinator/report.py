@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cluster.metrics import shown_steps
 from coordinator.view import format_duration
 from metaworker.scores import MetricName, format_score
 
@@ -163,5 +164,4 @@ def _shown(count: int) -> list[int]:
     """Which of ``count`` steps have a row: all, or the series 1, 2, 5 with the first and the last."""
     if count <= ROWS:
         return list(range(count))
-    series = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
-    return sorted({0, *(step for step in series if step < count), count - 1})
+    return sorted({*shown_steps(count), count - 1})

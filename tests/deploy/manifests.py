@@ -2,18 +2,22 @@
 
 documents     the YAML documents of a file          rendered     what `kubectl kustomize` makes of an overlay
 instructions  a Dockerfile's, with their stages      entrypoints  the command that each file starts training with
+dashboard_module  what makes the Grafana dashboard
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -22,6 +26,17 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERAY = DEPLOY / "kuberay"
 OVERLAYS = ("cpu", "gpu")
+
+
+@functools.cache
+def dashboard_module() -> ModuleType:
+    """The module that makes the dashboard, which is in no package."""
+    spec = importlib.util.spec_from_file_location("metafleet_dashboard", DEPLOY / "grafana" / "dashboard.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def documents(path: Path) -> list[Any]:

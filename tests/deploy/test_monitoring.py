@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.deploy.manifests import dashboard_module
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -24,12 +24,7 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no
 @pytest.fixture(scope="module")
 def dashboard() -> ModuleType:
     """The module that makes the dashboard."""
-    spec = importlib.util.spec_from_file_location("metafleet_dashboard", ROOT / "deploy" / "grafana" / "dashboard.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return dashboard_module()
 
 
 def promtool(*argv: object) -> str:
@@ -39,8 +34,7 @@ def promtool(*argv: object) -> str:
 
 
 @needs_promtool
-def test_promtool_accepts_configuration_and_rules_and_their_tests_pass() -> None:
-    promtool("check", "config", PROMETHEUS / "prometheus.yml")
+def test_promtool_accepts_the_rules_and_their_tests_pass() -> None:
     assert "9 rules found" in promtool("check", "rules", RULES)
     assert "SUCCESS" in promtool("test", "rules", RULES.with_name("metafleet_test.yml"))
 

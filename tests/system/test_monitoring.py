@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.manifests import dashboard_module
 from tests.system.conftest import Pictures, free_port
 from tests.system.driving import Command, wait_for
 
@@ -37,12 +36,7 @@ Ask = Callable[..., Any]
 @pytest.fixture(scope="module")
 def dashboard() -> ModuleType:
     """The module that makes the dashboard."""
-    spec = importlib.util.spec_from_file_location("metafleet_dashboard", DEPLOY / "grafana" / "dashboard.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return dashboard_module()
 
 
 @pytest.fixture
