@@ -80,8 +80,8 @@ def submit(recipe: str | None, overrides: Sequence[Override], options: SubmitOpt
     run_dir, store = config.execution.run_dir, config.execution.store
     if run_dir is None or not Path(run_dir).is_absolute():
         raise ConfigError(
-            f"a job needs a run directory by its whole path, on storage that outlives its head, got {run_dir or 'none'}: "
-            "give --run-dir /SHARED/DIR"
+            "a job needs a run directory by its whole path, on storage that outlives the head, got "
+            f"{run_dir or 'none'}: give --run-dir /SHARED/DIR"
         )
     if store is not None and not Path(store).is_absolute():
         raise ConfigError(f"a job needs its store by the whole path that the cluster has it at, got --store {store}")
