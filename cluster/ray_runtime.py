@@ -101,7 +101,7 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
             }
         try:
             try:
-                with _held_stderr(EXPLAINED):
+                with _held_stderr(EXPLAINED), _on_loopback() if local else nullcontext():
                     ray.init(**options)
             except EXPLAINED as error:
                 raise ClusterError(_why_not(address, error)) from error
@@ -114,6 +114,22 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
             yield ClusterResources(ray.cluster_resources, ray.available_resources)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray that is started meanwhile has the address 127.0.0.1 and binds its ports to that alone.
+
+    So it does by default where clusters are not supported. `RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER` says the same, but only
+    to a process that has not imported Ray yet; and `ray.init` turns 127.0.0.1 as an address into the outer one.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -137,7 +153,7 @@ def _held_stderr(explained: tuple[type[Exception], ...]) -> Iterator[None]:
 def _authentication(local: bool) -> dict[str, str]:
     """Who may talk to the cluster, unless the user's environment decides.
 
-    Ray 2.60 binds a local cluster's ports to all addresses: only who has the token is listened to, and it lives in
+    Other users of this machine reach a local cluster's ports: only who has the token is listened to, and it lives in
     the environment of this user's processes alone. The mode is always decided here and never by Ray's default, which
     would write a token file into the home folder.
     """

@@ -14,7 +14,7 @@ from cluster.config.run import RunConfig
 from cluster.errors import StoreError
 from cluster.messages import WorkerHello
 from metaworker.actor import WorkerActor
-from tests.system.driving import Command, Finished
+from tests.system.driving import Command, Finished, listening
 
 pytestmark = pytest.mark.ray
 
@@ -110,10 +110,12 @@ def test_no_cluster_where_the_environment_says(command: Command) -> None:
     assert not (command.folder / "run").exists()
 
 
-def test_another_runs_own_cluster_is_not_joined(command: Command) -> None:
+def test_another_runs_own_cluster_is_not_joined_and_listens_on_localhost_alone(command: Command) -> None:
     other = command.start("train", "sinusoid-maml", "--run-dir", "other", "--workers", 1, "--evaluation.every", 0)
     other.until_version(command.folder / "other", 1)
     port = next(filter(None, (re.search(r"--gcs-address=\S+?:(\d+)", name) for name in other.family().values())))[1]
     error = command.run(*SHORT, "--address", f"127.0.0.1:{port}", "--run-dir", "run").error
     assert "another run's own cannot be joined" in error
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert listening(other.family()) == loopback  # all that it started, and its metrics
     assert other.alive and not (command.folder / "run").exists()

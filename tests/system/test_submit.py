@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from coordinator.run_dir import RunDirectory
-from tests.system.conftest import ray_head
+from tests.system.conftest import metrics_address, ray_head
 from tests.system.driving import Command, Driver, Finished, entries_of, newest_checkpoint, wait_for
+from tests.system.leaks import leaks
 
 pytestmark = [
     pytest.mark.ray,
@@ -35,7 +36,7 @@ TOKEN = "5a7e" * 16
 STEPS = 250
 RECIPE = (SOURCE / "cluster" / "recipes" / "sinusoid-maml.toml").read_text()
 SMALL = (
-    *("--steps", STEPS, "--aggregator.shards", 4, "--learner.inner_lr", 0.001, "--execution.metrics", "false"),
+    *("--steps", STEPS, "--aggregator.shards", 4, "--learner.inner_lr", 0.001),
     *("--shard.episodes", 40, "--shard.chunk", 40, "--evaluation.every", 0, "--evaluation.episodes", 20),
     *("--execution.cpus_per_worker", 0.5),
 )
@@ -136,10 +137,13 @@ def job_of(driver: Driver) -> str:
     return str(match[1])
 
 
-def stopped_and_submitted_again(cluster: Cluster, digest: str, run: Path, *argv: object) -> tuple[Driver, Finished]:
+def stopped_and_submitted_again(
+    cluster: Cluster, digest: str, run: Path, *argv: object, meanwhile: Callable[[Driver], None] = lambda _: None
+) -> Driver:
     line = (*argv, *SMALL, "--run-dir", run, "--workers", 2, "--on-interrupt", "stop")
     driver = cluster.start(*line)
     driver.until_version(run, 20)
+    meanwhile(driver)
     driver.send(signal.SIGINT)
     stopped = driver.finish(70)
     at = len(entries_of(run))
@@ -151,13 +155,13 @@ def stopped_and_submitted_again(cluster: Cluster, digest: str, run: Path, *argv:
     assert again.code == 0, again.out + again.err
     assert digest in again.out and again.err.endswith(" SUCCEEDED\n")
     assert RunDirectory(run).epochs() == [1, 2] and len(entries_of(run)) == STEPS
-    return driver, again
+    return driver
 
 
 def test_a_stopped_job_goes_on_with_shipped_code_and_an_ignored_recipe(
     open_cluster: Cluster, digest: str, own: Path, tmp_path: Path
 ) -> None:
-    driver, _ = stopped_and_submitted_again(
+    driver = stopped_and_submitted_again(
         open_cluster, digest, tmp_path / "run", own / "mine.toml", "--working-dir", own
     )
     assert "not shipped: TOML files that .gitignore or .rayignore leaves out: mine.toml" in driver.err
@@ -178,9 +182,19 @@ def test_a_token_is_asked_for_judged_and_never_shown(
     wrong = command.run(*line, **home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0ff" * 20)
     assert "refuses this authentication token" in wrong.error and "0ff0ff" not in wrong.error
     assert not (tmp_path / ".ray").exists() and not run.exists()
-    driver, again = stopped_and_submitted_again(token_cluster, digest, run, recipe)
-    assert TOKEN not in driver.out + driver.err + again.out + again.err
-    assert not any(TOKEN.encode() in file.read_bytes() for file in run.rglob("*") if file.is_file())
+
+    def in_the_open(driver: Driver) -> None:
+        """The folder of the cluster has Ray's session in it, and what submit shows: the job's log too."""
+        assert [*token_cluster.command.folder.glob("session_latest/logs/job-driver-*")]
+        assert leaks(TOKEN, run, token_cluster.command.folder) == []
+        metrics = [metrics_address(driver)]
+        for target in json.loads((token_cluster.command.folder / "prom_metrics_service_discovery.json").read_text()):
+            metrics += [f"http://{address}/metrics" for address in target["targets"]]
+        assert len(metrics) > 1
+        assert not any(TOKEN.encode() in urllib.request.urlopen(url, timeout=20).read() for url in metrics)
+
+    stopped_and_submitted_again(token_cluster, digest, run, recipe, meanwhile=in_the_open)
+    assert leaks(TOKEN, run, token_cluster.command.folder) == []
 
 
 def test_ctrl_c_leaves_the_job_to_the_lines_that_were_printed(open_cluster: Cluster, tmp_path: Path) -> None:
