@@ -87,8 +87,10 @@ class Fleet:
         )
         run = RunDirectory.create(folder / "run", self._identity, config)
         self._recorder = Recorder(run, run.claim_epoch(), config, self._state)
-        info = RunInfo(config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest())
-        self._metrics = Metrics(info, regression=False)
+        info = RunInfo(
+            "benchmark", config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest()
+        )
+        self.metrics = Metrics(info, regression=False)
 
     def run(self, versions: int) -> Segment:
         """Train so many versions more."""
@@ -102,7 +104,7 @@ class Fleet:
             self._dispatcher,
             self._recorder,
             view,
-            self._metrics,
+            self.metrics,
             StopRequest(),
         )
         self._pool.spans.clear()

@@ -160,8 +160,10 @@ class Metrics:
         """So many shards are with workers now."""
         self._of["in_flight_shards"].set(shards)
 
-    def workers(self, alive: int, wanted: int | None = None, nodes: Mapping[str, int] | None = None) -> None:
-        """So many workers are alive now, of so many that were asked for; on these nodes."""
+    def workers(
+        self, alive: int, wanted: int | None = None, nodes: Mapping[str, int] | None = None, *, needed: int = 1
+    ) -> None:
+        """So many workers are alive now, of so many that were asked for; on these nodes; so many there must be."""
         if nodes is not None and nodes != self._nodes:
             self._nodes = dict(nodes)
             counts = dict.fromkeys(self._named, 0)
@@ -174,6 +176,7 @@ class Metrics:
         self._most_workers = max(self._most_workers, alive)
         self._of["workers_alive"].set(alive)
         self._of["workers_wanted"].set(self._most_workers if wanted is None else wanted)
+        self._of["workers_needed"].set(needed)
 
     def checkpoint(self, size: int) -> None:
         """A checkpoint of ``size`` bytes is whole on disk; its age starts now."""

@@ -19,7 +19,7 @@ Phase = Literal["wait", "transfer", "reduce", "commit"]
 
 PREFIX: Final = "metafleet_"
 
-SLOTS: Final = 256
+SLOTS: Final = 128
 """Worker slots that have a label of their own; all higher ones share ``256+``, so that the label stays bounded."""
 
 NODES: Final = 256
@@ -116,6 +116,7 @@ SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
     "Is it healthy": (
         Metric("workers_alive", "gauge", "Workers alive now."),
         Metric("workers_wanted", "gauge", "Workers asked for, or else the most that there have been at once."),
+        Metric("workers_needed", "gauge", "Workers below which the run waits for more and computes nothing."),
         Metric("node_workers", "gauge", "Workers alive now on each node that has had any.", ("node",)),
         Metric("failures", "counter", "Failed attempts and refused contributions.", ("kind",)),
         Metric("goodput_ratio", "gauge", "Shards that counted, of those that were computed, over the whole run."),

@@ -31,9 +31,12 @@ CONNECT_SECONDS = 5.0
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A lost worker is reported by the dispatcher, in one line; Ray would add its own, whatever log_to_driver says.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died or was killed|The node with node id|Raylet is terminated)",
 }
+UNSAID = re.compile(
+    "^(A worker died or was killed|The node with node id|Raylet is terminated|There are tasks with infeasible resource)"
+)
+"""What Ray would print to standard output, whatever ``log_to_driver`` says: lost workers and workers without room. The
+dispatcher reports both, in one line each."""
 LOCAL = {
     # Processes that Ray starts in advance would never be used: workers get an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
@@ -47,6 +50,9 @@ JOINED = {
 
 EXPLAINED = (ConnectionError, RuntimeError, ValueError, TimeoutError)
 """What `ray.init` raises where there is no cluster, or none that wants us."""
+
+NODE_GROUP = "ray.io/node-group"
+"""Label of nodes that KubeRay or Ray's launcher has started."""
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where a container sees its own limits."""
@@ -63,6 +69,8 @@ class ClusterResources:
     """What all its nodes have together now."""
     free: Callable[[], Mapping[str, float]]
     """What nobody has reserved; a second or so after it was given back."""
+    grows: bool = False
+    """Whether nodes are added for workers that wait for them: it has an autoscaler."""
 
 
 @contextmanager
@@ -78,42 +86,86 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
         ClusterError: no cluster at the address, or none could be started.
         SystemExit: 128 + SIGTERM, on that signal, where the caller has not installed a handler of its own.
     """
-    # Ray reads its settings when it is imported: nothing on the way to here may have done that.
-    local = address == "local"
-    for name, value in (_authentication(local) | QUIET | (LOCAL if local else JOINED)).items():
-        os.environ.setdefault(name, value)
     import ray
 
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or address
-    if re.fullmatch(r".+:\d+", address):
-        _refuse_absent(address, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
     if ray.is_initialized():
         raise ClusterError("Ray is initialised in this process already: end that session before starting a run")
-    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
-    with _temporary_folder() if local else nullcontext() as folder, _sigterm() as after_init:
-        if local:
-            options |= {
-                "num_cpus": cpus or usable_cpus(),
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": str(folder),
-            }
+    local = address == "local"
+    settings = _authentication(local) | QUIET | (LOCAL if local else JOINED)
+    folders = _temporary_folder() if local else nullcontext()
+    with _settings(settings), _unsaid(), folders as folder, _sigterm() as after_init:
+        if address == "auto":
+            address = os.environ.get("RAY_ADDRESS") or address
+        if re.fullmatch(r".+:\d+", address):
+            _refuse_absent(address, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        own: dict[str, Any] = {
+            "num_cpus": cpus or usable_cpus(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(folder),
+        }
         try:
-            try:
-                with _held_stderr(EXPLAINED), _on_loopback() if local else nullcontext():
-                    ray.init(**options)
-            except EXPLAINED as error:
-                raise ClusterError(_why_not(address, error)) from error
-            except SystemExit as stop:
-                # Ray's own handler of SIGTERM exits with the bare number.
-                raise SystemExit(128 + signal.SIGTERM if stop.code == signal.SIGTERM else stop.code) from stop
+            _init(address, **(own if local else {}))
             after_init()
-            if not local:
-                _refuse_private(ray.nodes())  # type: ignore[no-untyped-call]
-            yield ClusterResources(ray.cluster_resources, ray.available_resources)
+            nodes = [] if local else ray.nodes()  # type: ignore[no-untyped-call]
+            _refuse_private(nodes)
+            yield ClusterResources(ray.cluster_resources, ray.available_resources, _autoscaled(nodes))
         finally:
             ray.shutdown()
+
+
+def _init(address: str, **options: Any) -> None:
+    """``ray.init``, whose errors become one line.
+
+    Raises:
+        ClusterError: no cluster at the address, or none could be started.
+        SystemExit: 128 + SIGTERM, on that signal.
+    """
+    import ray
+
+    try:
+        with _held_stderr(EXPLAINED), _on_loopback() if address == "local" else nullcontext():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except EXPLAINED as error:
+        raise ClusterError(_why_not(address, error)) from error
+    except SystemExit as stop:
+        # Ray's own handler of SIGTERM exits with the bare number.
+        raise SystemExit(128 + signal.SIGTERM if stop.code == signal.SIGTERM else stop.code) from stop
+
+
+@contextmanager
+def _settings(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of the block, those that the user has set apart; Ray hears of both changes."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        _reread()
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        _reread()
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Ray keeps what is ``UNSAID`` to itself for the time of the block; its own setting is read at its import alone."""
+    from ray._private.ray_logging import stdout_deduplicator
+
+    before, stdout_deduplicator.skip_re = stdout_deduplicator.skip_re, UNSAID
+    try:
+        yield
+    finally:
+        stdout_deduplicator.skip_re = before
+
+
+def _reread() -> None:
+    """Make Ray read its settings again: it does so when it is imported, which may have been long ago."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    # Afterwards: a thread that still has to send something would miss its token.
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager
@@ -213,6 +265,11 @@ def _refuse_private(nodes: Iterable[Mapping[str, Any]]) -> None:
             "the only Ray cluster found is another run's own, which ends with it: start one with `ray start --head`, "
             "give its HOST:PORT, or leave out --address"
         )
+
+
+def _autoscaled(nodes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether an autoscaler manages a cluster, as far as its nodes tell; on KubeRay it may be switched off."""
+    return any(node["Alive"] and NODE_GROUP in node["Labels"] for node in nodes)
 
 
 @contextmanager

@@ -48,10 +48,19 @@ def refuse_unaffordable(config: RunConfig) -> None:
         affordable_workers(config, {"CPU": usable_cpus(), "GPU": torch.cuda.device_count()})
 
 
-def say_workers(config: RunConfig, workers: int, say: Callable[[str], None]) -> None:
-    """Say so if there are fewer workers than were asked for, or if they compute with more threads than they reserve."""
-    asked = config.execution.workers
-    if asked is not None and workers < asked:
+def say_workers(config: RunConfig, workers: int, say: Callable[[str], None], *, grows: bool = False) -> None:
+    """Say so if there are fewer workers than were asked for, or if they compute with more threads than they reserve.
+
+    Args:
+        config: the run's configuration.
+        workers: how many there is room for; none only on a cluster that grows.
+        say: hears it.
+        grows: whether the cluster adds nodes for workers that wait for them.
+    """
+    asked = config.execution.workers or 1
+    if workers < asked and grows:
+        say(f"there is room for {workers} of {asked} workers now: the autoscaler is to add nodes for the rest")
+    elif workers < asked:
         say(f"{asked} workers were asked for, the free resources allow {workers}: going on with {workers}")
     threads, cpus = config.threads, config.execution.cpus_per_worker
     if threads > max(1.0, cpus):

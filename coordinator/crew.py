@@ -36,6 +36,8 @@ class Crew:
 def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
     """As many workers as ``config`` asks for and the cluster allows, on its cluster, for the time of the block.
 
+    Where the cluster has an autoscaler, the rest are asked for too, and join when their nodes have come.
+
     Args:
         config: the run's configuration.
         say: hears of fewer workers than were asked for, and of those that fail to start.
@@ -48,8 +50,8 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
         from coordinator.ray_pool import RayPool
 
         workers = _free_workers(config, resources)
-        say_workers(config, workers, say)
-        pool = RayPool(config, workers)
+        say_workers(config, workers, say, grows=resources.grows)
+        pool = RayPool(config, max(1, workers), grows=resources.grows)
         try:
             dispatcher = Dispatcher(pool, Policy.of(config.execution))
             yield Crew(pool, dispatcher, _first_worker(config, dispatcher, say))
@@ -61,14 +63,16 @@ def _free_workers(config: RunConfig, resources: ClusterResources) -> int:
     """How many workers there is room for, once what another driver has given back a moment ago counts as free.
 
     Raises:
-        ClusterError: not even for one.
+        ClusterError: not even for one, on a cluster that does not grow.
     """
-    most, started = affordable_workers(config, resources.total()), time.monotonic()
+    most, started = room(config, resources.total()), time.monotonic()
+    most = min(most, config.execution.workers or most)
     while (now := room(config, resources.free())) < most:
         if time.monotonic() - started > (FEWER_SECONDS if now else NONE_SECONDS):
             break
         time.sleep(PATIENCE)
-    return affordable_workers(config, resources.free())
+    free = resources.free()
+    return 0 if resources.grows and room(config, free) < 1 else affordable_workers(config, free)
 
 
 def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str], None]) -> WorkerHello:

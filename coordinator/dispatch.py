@@ -95,6 +95,11 @@ class Dispatcher:
         return len(self._roster)
 
     @property
+    def needed(self) -> int:
+        """Workers below which nothing is submitted."""
+        return self._roster.least
+
+    @property
     def nodes(self) -> Mapping[str, int]:
         """Workers ready now on each node, by host name and the beginning of Ray's node id."""
         return Counter(f"{member.hello.node}/{member.hello.node_id[:8]}" for member in self._roster)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -22,6 +23,10 @@ from coordinator.submit import JobRequest, JobState
 _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Variables that Ray's client takes for the address, whatever address it is given."""
 
+SILENCE = 60.0
+"""Seconds after which a log in which nothing appears is asked for again: a connection can be lost without a sign."""
+
+_WHERE = ": give the http://HOST:PORT of the cluster's dashboard, which `ray start --head` prints"
 _TOKEN = "RAY_AUTH_MODE=token, and the cluster's token in ~/.ray/auth_token or in a file that RAY_AUTH_TOKEN_PATH names"
 
 
@@ -36,7 +41,7 @@ class RayJobServer:
             ClusterError: nothing there, no job server, another Ray than here, or a token is missing or wrong.
         """
         self.address = address
-        _refuse_absent(address)
+        _refuse_absent(address, _WHERE)
         for name in _OVERRIDING:
             os.environ.pop(name, None)
         import ray
@@ -44,7 +49,7 @@ class RayJobServer:
 
         for module in ("dashboard_sdk", "job.sdk"):
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
-        with self._refusals():
+        with self._refusals(_WHERE):
             self._client = JobSubmissionClient(address)
         version = self._client._server_ray_version
         if version != ray.__version__:
@@ -73,6 +78,7 @@ class RayJobServer:
         Raises:
             ClusterError: no such job, or no answer.
         """
+        _refuse_absent(self.address)
         with self._refusals():
             info = self._client.get_job_info(job)
         return JobState(str(info.status.value), info.driver_exit_code, info.message or "")
@@ -86,21 +92,37 @@ class RayJobServer:
         with self._refusals():
             self._client.stop_job(job)
 
-    def tail(self, job: str, show: Callable[[str], None]) -> None:
-        """Show a job's log from its beginning as it is written, until the job ends or the connection does."""
+    def tail(self, job: str, show: Callable[[str], None]) -> bool:
+        """Show a job's log from its beginning as it is written.
+
+        Returns:
+            Whether the server ended it; not, if nothing came for ``SILENCE`` seconds: then it can be asked for again.
+
+        Raises:
+            ClusterError: the connection is lost.
+        """
         from aiohttp import ClientError
 
-        async def follow() -> None:
-            async for text in self._client.tail_job_logs(job):
-                show(text)
+        async def follow() -> bool:
+            texts: Any = self._client.tail_job_logs(job)
+            try:
+                while True:
+                    try:
+                        text = await asyncio.wait_for(anext(texts, None), SILENCE)
+                    except TimeoutError:
+                        return False
+                    except (ClientError, OSError, RuntimeError) as error:
+                        raise ClusterError(f"the connection to {self.address} is lost") from error
+                    if text is None:
+                        return True
+                    show(text)
+            finally:
+                await texts.aclose()
 
-        try:
-            asyncio.run(follow())
-        except (ClientError, OSError, RuntimeError):
-            return  # `state` tells whether the server is still there
+        return asyncio.run(follow())
 
     @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _refusals(self, advice: str = "") -> Iterator[None]:
         from ray.exceptions import AuthenticationError
 
         try:
@@ -108,11 +130,15 @@ class RayJobServer:
         except AuthenticationError as error:
             raise ClusterError(_unauthenticated(self.address, str(error))) from error
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ClusterError(_why(self.address, error)) from error
+            raise ClusterError(_why(self.address, error, advice)) from error
 
 
-def _refuse_absent(address: str) -> None:
+def _refuse_absent(address: str, advice: str = "") -> None:
     """Refuse an address where nothing listens; Ray's client would wait for minutes.
+
+    Args:
+        address: of a job server.
+        advice: ends the error where there is none.
 
     Raises:
         ConfigError: not the form of an address.
@@ -135,7 +161,7 @@ def _refuse_absent(address: str) -> None:
     try:
         socket.create_connection((parts.hostname, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise ClusterError(_why(address, error)) from error
+        raise ClusterError(_why(address, error, advice)) from error
 
 
 def _unauthenticated(address: str, answer: str) -> str:
@@ -144,7 +170,7 @@ def _unauthenticated(address: str, answer: str) -> str:
     return f"the cluster at {address} refuses this authentication token: set {_TOKEN}"
 
 
-def _why(address: str, error: Exception) -> str:
+def _why(address: str, error: Exception, advice: str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "already exists" in text:
         return "the cluster has a job of that --submission-id already: give another one, or none"
@@ -153,8 +179,5 @@ def _why(address: str, error: Exception) -> str:
     if isinstance(error, RuntimeError) and "does not exist" in text:
         return f"the cluster at {address} knows no such job"
     if isinstance(error, OSError) and not isinstance(error, ValueError):
-        return (
-            f"no Ray job server at {address} ({text[:160]}): give the http://HOST:PORT of the cluster's dashboard, "
-            "which `ray start --head` prints"
-        )
+        return f"no Ray job server at {address} ({text[:160]}){advice}"
     return f"what answers at {address} is no Ray job server, or refuses: {text[:300]}"

@@ -4,6 +4,12 @@ Actors never restart and tasks never retry by Ray's own hand (``max_restarts=0``
 dispatcher reissues and replaces. Parameters are put once per version; an object lives as long as an order that needs
 it, or the caller's handle. Nodes are looked at every few seconds: new ones get workers, up to what was asked for.
 
+Where the cluster has an autoscaler, all workers that were asked for are started, and those without room wait: actors
+that wait are what it adds nodes for. ``ray.autoscaler.sdk.request_resources`` is not used: a cluster has one such
+request, so that of two runs the later one would take back what the earlier one asked for, and it outlives its driver,
+so that one that was killed would keep nodes alive for ever. Waiting actors add up over all runs and end with their
+driver.
+
 A worker whose node has nothing at the store's path is sent the store (``cluster.episodes.shipping``) before it is
 ready, a chunk at a time: one is put when it is wanted, and the next when it was written. Of one node's workers one
 wants chunks, the others wait for it. Nodes that start together are sent the same object.
@@ -82,10 +88,14 @@ class RayPool:
         config: the run's configuration, sent to every worker.
         workers: how many slots there are at first.
         actor: the class of the worker actors.
+        grows: whether the cluster adds nodes for workers that wait for them.
     """
 
-    def __init__(self, config: RunConfig, workers: int, actor: type[WorkerActor] = WorkerActor) -> None:
+    def __init__(
+        self, config: RunConfig, workers: int, actor: type[WorkerActor] = WorkerActor, *, grows: bool = False
+    ) -> None:
         self._config = config
+        self._grows = grows
         self._remote = _remote(actor)
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, _Pending] = {}
@@ -205,17 +215,24 @@ class RayPool:
         self._looked = time.monotonic()
         alive = _alive()
         draining = frozenset(ray._private.state.state.get_draining_nodes()) & alive
-        if not self._starting:
-            wanted = self._config.execution.workers
-            free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-            more = sum(room(self._config, free[node]) for node in free.keys() & alive - draining)
-            # Slots whose worker is lost will need their share again.
-            more = max(0, more - (self._size - len(self._ready)))
-            for slot in range(self._size, self._size + (more if wanted is None else min(more, wanted - self._size))):
-                self._size += 1
-                self._start(slot, draining)
+        for slot in range(self._size, self._size + self._more(alive - draining)):
+            self._size += 1
+            self._start(slot, draining)
         before, self._nodes = self._nodes, NodesChanged(alive, draining)
         return self._nodes if self._nodes != before else None
+
+    def _more(self, nodes: frozenset[str]) -> int:
+        """How many slots to add: what fits on ``nodes``, or, where more of them may come, what is missing."""
+        wanted = self._config.execution.workers
+        if wanted is not None and (self._grows or self._size >= wanted):
+            return max(0, wanted - self._size)
+        if self._starting:
+            return 0
+        free = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+        fit = sum(room(self._config, free[node]) for node in free.keys() & nodes)
+        # Slots whose worker is lost will need their share again.
+        more = max(0, fit - (self._size - len(self._ready)))
+        return more if wanted is None else min(more, wanted - self._size)
 
     def _lost(self, slot: int, order: Order | None) -> Literal["start_error", "worker_lost", "node_lost"]:
         """What has become of a slot's worker that does not answer."""

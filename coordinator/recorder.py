@@ -1,7 +1,8 @@
-"""What a run writes as it goes: commit log, metric history, checkpoints, the best one by validation.
+"""What a run writes as it goes: commit log, metric history, checkpoints, the best one by validation, last metrics.
 
-Log and checkpoints are the epoch's own files. Before each checkpoint the recorder makes sure that no later driver has
-taken over; what a superseded driver had appended to its log by then, readers pass over.
+Log and checkpoints are the epoch's own files. Before each checkpoint, and before the metrics are kept, the recorder
+makes sure that no later driver has taken over; what a superseded driver had appended to its log by then, readers pass
+over.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 
 from cluster.config.run import RunConfig
+from cluster.metrics import Metrics
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import CommitLog, Entry
@@ -29,7 +31,7 @@ class Recorder:
 
     Raises:
         CheckpointError: here and in every method, the disk is full, read-only or gone.
-        RunDirectoryError: in ``checkpoint`` and ``validation``, a later driver has taken over.
+        RunDirectoryError: in ``checkpoint``, ``validation`` and ``keep_metrics``, a later driver has taken over.
     """
 
     def __init__(self, run: RunDirectory, epoch: int, config: RunConfig, start: MetaState) -> None:
@@ -90,6 +92,15 @@ class Recorder:
     def _is_best(self, score: float) -> bool:
         # A diverged model is never the best, not even the first one.
         return math.isfinite(score) and (self._best is None or self._sign * score > self._sign * self._best)
+
+    def keep_metrics(self, metrics: Metrics) -> None:
+        """Keep the state of the metrics: a short run may never have been scraped.
+
+        Raises:
+            OSError: the disk is full, read-only or gone.
+        """
+        self._run.check_epoch(self._epoch)
+        metrics.save(self._run.metrics)
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -108,7 +108,7 @@ def _train(config: RunConfig, run: RunDirectory, learner: Learner, crew: Crew, s
         finally:
             view.stop()
             recorder.close()
-            _keep_metrics(watch, run)
+            _keep_metrics(watch, recorder)
     if stop.signal is not None:
         print(
             f"stopped at version {trainer.state.version} of {config.steps}, checkpoint written; go on with: "
@@ -120,12 +120,12 @@ def _train(config: RunConfig, run: RunDirectory, learner: Learner, crew: Crew, s
     return trainer
 
 
-def _keep_metrics(watch: Watch, run: RunDirectory) -> None:
-    """Keep the last state of the metrics in the run directory: a short run may never have been scraped."""
+def _keep_metrics(watch: Watch, recorder: Recorder) -> None:
+    """Keep the last state of the metrics in the run directory, or say why not."""
     try:
-        watch.metrics.save(run.metrics)
-    except OSError as error:
-        watch.view.message(f"{run.metrics.name} was not written: {error.strerror}")
+        recorder.keep_metrics(watch.metrics)
+    except (OSError, RunDirectoryError) as error:
+        watch.view.message(f"the last metrics were not written: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------- start

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +42,8 @@ ANSWERS = 10
 """Answers in a row that the job server may owe before it counts as lost."""
 PAUSE = 3.0
 """Seconds before it is asked again."""
+TAILS = 2
+"""Attempts in a row at the rest of an ended job's log that may fail before the job's end is told without it."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -115,8 +117,15 @@ class JobServer(Protocol):
     def stop(self, job: str) -> None:
         """Ask a job to end."""
 
-    def tail(self, job: str, show: Callable[[str], None]) -> None:
-        """Show a job's log from its beginning as it is written, until the job ends or the connection does."""
+    def tail(self, job: str, show: Callable[[str], None]) -> bool:
+        """Show a job's log from its beginning as it is written, until the server ends it or nothing comes for long.
+
+        Returns:
+            Whether the server ended it, as it does some time after the job's end.
+
+        Raises:
+            ClusterError: the connection is lost.
+        """
 
 
 def submit_command(config: RunConfig, options: SubmitOptions) -> dict[str, Any]:
@@ -142,8 +151,7 @@ def submit_command(config: RunConfig, options: SubmitOptions) -> dict[str, Any]:
             _say(f"interrupted while the job was submitted; whether it was: {status}")
             raise
     _say(f"job {request.submission_id} submitted to {options.address}")
-    _say(f"  follow: {_ray_job('logs --follow', options.address, request.submission_id)}")
-    _say(f"  stop:   {_ray_job('stop', options.address, request.submission_id)}")
+    _say_how(options.address, request.submission_id)
     state, code = attend(server, request.submission_id, options) if options.wait else (None, 0)
     return {
         "submission_id": request.submission_id,
@@ -190,17 +198,26 @@ def job_request(config: RunConfig, options: SubmitOptions) -> JobRequest:
 
 @dataclass
 class _Log:
-    """Shows a log that may come again from its beginning, each character once."""
+    """Shows a log that may come again from its beginning, each character once, and says when it breaks off."""
 
     shown: int = 0
-    position: int = field(default=0, init=False)
-    tail: str = field(default="", init=False)
+    position: int = 0
+    tail: str = ""
     """The last of it."""
+    broken: bool = False
 
     def rewind(self) -> None:
         self.position = 0
 
+    def breaks(self, why: str) -> None:
+        if not self.broken:
+            _say(f"the log cannot be followed for now ({why}): trying again")
+        self.broken = True
+
     def add(self, text: str) -> None:
+        if self.broken:
+            _say("the log is followed again")
+        self.broken = False
         new = text[max(0, self.shown - self.position) :]
         self.position += len(text)
         self.shown = max(self.shown, self.position)
@@ -231,34 +248,42 @@ def attend(
             state = _follow(server, job, log, pause)
     except KeyboardInterrupt:
         _say(f"detached from job {job}, which goes on")
-        _say(f"  follow: {_ray_job('logs --follow', options.address, job)}")
-        _say(f"  stop:   {_ray_job('stop', options.address, job)}")
+        _say_how(options.address, job)
         return None, DETACHED_CODE
+    except ClusterError as error:
+        follow = _ray_job("logs --follow", options.address, job)
+        raise ClusterError(f"lost job {job}, which may go on: {error}; to follow it again: {follow}") from error
     _say(_ending(job, state, log.tail, options))
     return state, state.exit_code
 
 
 def _follow(server: JobServer, job: str, log: _Log, pause: Callable[[float], None]) -> JobState:
-    """The state in which the job ended."""
+    """The state in which the job ended, after all of its log unless that cannot be had."""
+    lost = 0
     while True:
         log.rewind()
-        server.tail(job, log.add)
-        state = _patiently(server, job, pause)
-        if state.ended:
+        try:
+            whole = server.tail(job, log.add)
+            lost = 0
+        except ClusterError as error:
+            log.breaks(str(error))
+            whole, lost = False, lost + 1
+        state = _patiently(server, job, log, pause)
+        if state.ended and (whole or lost > TAILS):
             return state
+        if whole:
+            log.breaks("the server has closed it")
         pause(PAUSE)
 
 
-def _patiently(server: JobServer, job: str, pause: Callable[[float], None]) -> JobState:
+def _patiently(server: JobServer, job: str, log: _Log, pause: Callable[[float], None]) -> JobState:
     for _ in range(ANSWERS - 1):
         try:
             return server.state(job)
-        except ClusterError:
+        except ClusterError as error:
+            log.breaks(str(error))
             pause(PAUSE)
-    try:
-        return server.state(job)
-    except ClusterError as error:
-        raise ClusterError(f"lost job {job}, which may go on: {error}") from error
+    return server.state(job)
 
 
 def _ending(job: str, state: JobState, log: str, options: SubmitOptions) -> str:
@@ -309,6 +334,12 @@ def _job_file(config: RunConfig, folder: Path) -> str:
     path = folder / JOB_FILE
     save_resolved(with_execution(config, address="auto"), path)
     return path.read_text("utf-8")
+
+
+def _say_how(address: str, job: str) -> None:
+    """How to follow and to stop a job."""
+    _say(f"  follow: {_ray_job('logs --follow', address, job)}")
+    _say(f"  stop:   {_ray_job('stop', address, job)}")
 
 
 def _ray_job(what: str, address: str, job: str) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from pathspec import GitIgnoreSpec
 
@@ -79,19 +79,20 @@ def survey(folder: Path, excludes: Sequence[str] = ()) -> Survey:
     Raises:
         ConfigError: no folder, or one that cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which does not raise
         raise ConfigError(f"--working-dir {folder} is no folder: give the one to ship, or leave it out")
     fixed = _spec([*EXCLUDES, *excludes], "--exclude")
     sizes: dict[Path, int] = {}
     recipes, links = [], []
-    for path, ignored in _walk(folder, fixed):
-        inner = path.relative_to(folder)
-        if ignored:
-            recipes += [inner] if path.suffix == ".toml" else []
-        elif path.is_dir() or _leads_out(path, folder):
-            links.append(inner)
-        elif path.is_file():
-            sizes[inner] = path.stat().st_size
+    with _readable():
+        for path, ignored in _walk(folder, fixed):
+            inner = path.relative_to(folder)
+            if ignored:
+                recipes += [inner] if path.suffix == ".toml" else []
+            elif path.is_dir() or _leads_out(path, folder):
+                links.append(inner)
+            elif path.is_file():
+                sizes[inner] = path.stat().st_size
     return Survey(folder, dict(sorted(sizes.items())), tuple(sorted(recipes)), tuple(sorted(links)))
 
 
@@ -119,6 +120,9 @@ def write_package(path: Path, found: Survey | None, texts: Mapping[str, str]) ->
     """Write a zip file of the files found and of ``texts``, by name; a text goes before a file of the same name.
 
     Equal contents give equal bytes, whatever their times: Ray sends a package that the cluster has only once.
+
+    Raises:
+        ConfigError: a file cannot be read.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in sorted(texts.items()):
@@ -128,7 +132,9 @@ def write_package(path: Path, found: Survey | None, texts: Mapping[str, str]) ->
         for inner in found.sizes:
             if (name := inner.as_posix()) not in texts:
                 file = found.folder / inner
-                archive.writestr(_entry(name, file.stat().st_mode & 0o777), file.read_bytes())
+                with _readable():
+                    mode, body = file.stat().st_mode & 0o777, file.read_bytes()
+                archive.writestr(_entry(name, mode), body)
 
 
 def mib(size: int) -> str:
@@ -137,17 +143,29 @@ def mib(size: int) -> str:
 
 
 def _walk(folder: Path, fixed: GitIgnoreSpec) -> Iterator[tuple[Path, bool]]:
-    """Files, and links to folders, that ``fixed`` does not name, each with whether an ignore file names it."""
-    rules: dict[Path, _Rules] = {}
-    for here, folders, files in os.walk(folder, onerror=_refuse_unreadable):
+    """Files, and links to folders, that ``fixed`` does not name, each with whether an ignore file names it.
+
+    Raises:
+        OSError: a folder or an ignore file cannot be read, and no ignore file names it or what it is in.
+    """
+    rules: dict[Path, _Rules] = {folder.parent: []}
+
+    def unreadable(error: OSError) -> None:
+        path = Path(error.filename)
+        if not _named(path, "/", rules[path.parent]):
+            raise error
+
+    for here, folders, files in os.walk(folder, onerror=unreadable):
         current = Path(here)
-        own = [(current, _patterns(current / name)) for name in IGNORE_FILES if name in files]
-        rules[current] = rules.get(current.parent, []) + own
+        above = rules[current.parent]
+        ignored = _named(current, "/", above)
+        own = [(current, _patterns(current / name)) for name in IGNORE_FILES if name in files and not ignored]
+        rules[current] = above + own
         entries = [(current / name, "/") for name in folders] + [(current / name, "") for name in files]
         kept = [(path, mark) for path, mark in entries if not _named(path, mark, [(folder, fixed)])]
         folders[:] = [path.name for path, mark in kept if mark]
         for path, mark in kept:
-            if not mark or path.is_symlink():
+            if not mark or os.path.islink(path):  # which does not raise
                 yield path, _named(path, mark, rules[current])
 
 
@@ -163,11 +181,7 @@ def _named(path: Path, mark: str, rules: _Rules) -> bool:
 
 def _patterns(path: Path) -> GitIgnoreSpec:
     """What an ignore file names."""
-    try:
-        text = path.read_text("utf-8", errors="replace")
-    except OSError as error:
-        _refuse_unreadable(error)
-    return _spec(text.splitlines(), str(path))
+    return _spec(path.read_text("utf-8", errors="replace").splitlines(), str(path))
 
 
 def _spec(patterns: Sequence[str], where: str) -> GitIgnoreSpec:
@@ -177,8 +191,18 @@ def _spec(patterns: Sequence[str], where: str) -> GitIgnoreSpec:
         raise ConfigError(f"{where}: {error}; give patterns as .gitignore has them") from error
 
 
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise ConfigError(f"cannot ship {error.filename}: {error.strerror}; leave it out by --exclude PATTERN") from error
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Refuses what cannot be read in the block.
+
+    Raises:
+        ConfigError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot ship {error.filename}: {error.strerror}; leave it out by --exclude PATTERN"
+        raise ConfigError(why) from error
 
 
 def _entry(name: str, mode: int) -> zipfile.ZipInfo:

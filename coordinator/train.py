@@ -367,7 +367,8 @@ class Trainer:
     def _show(self) -> None:
         dispatcher, last = self._r.dispatcher, self._last
         self._r.metrics.in_flight(dispatcher.in_flight)
-        self._r.metrics.workers(dispatcher.workers, self._r.config.execution.workers, dispatcher.nodes)
+        wanted = self._r.config.execution.workers
+        self._r.metrics.workers(dispatcher.workers, wanted, dispatcher.nodes, needed=dispatcher.needed)
         self._r.metrics.goodput(self.goodput.share, self.goodput.lost, self.goodput.lost_seconds)
         nan = float("nan")
         self._r.view.update(

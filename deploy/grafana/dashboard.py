@@ -198,10 +198,11 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
     "Workers and stragglers": (
         Panel(
             "Workers over time",
-            "Workers alive and workers asked for.",
+            "Workers alive, workers asked for, and workers below which the run waits for more.",
             (
                 Query(chosen("metafleet_workers_alive"), "{{run}} alive"),
                 Query(chosen("metafleet_workers_wanted"), "{{run}} wanted"),
+                Query(chosen("metafleet_workers_needed"), "{{run}} needed"),
             ),
             least=0,
         ),

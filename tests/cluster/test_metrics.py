@@ -148,7 +148,7 @@ def test_what_is_not_applied_counts_for_the_worker_but_not_for_the_run() -> None
 
 def test_labels_are_bounded() -> None:
     metrics = Metrics(INFO)
-    for slot in (0, 255, 256, 257, 9999):
+    for slot in (0, 127, 128, 129, 9999):
         metrics.contribution(contribution(worker=slot), staleness=0, seconds=0.1, weight=1.0)
     seen = {
         sample.labels["worker"]: sample.value
@@ -156,7 +156,7 @@ def test_labels_are_bounded() -> None:
         for sample in family.samples
         if sample.name == "metafleet_worker_shards_total"
     }
-    assert seen == {"0": 1, "255": 1, "256+": 3}
+    assert seen == {"0": 1, "127": 1, "128+": 3}
     kinds = ("worker_lost", "shard_error", "nonfinite", "stale", "duplicate_mismatch")
     assert [value(metrics, "failures_total", kind=kind) for kind in kinds] == [0, 0, 0, 0, 0]
     with pytest.raises(KeyError):
@@ -269,6 +269,8 @@ def test_workers_wanted_is_what_was_asked_for_or_the_most_there_were() -> None:
     assert value(metrics, "workers_wanted") == 4 and value(metrics, "workers_alive") == 3
     metrics.workers(3, wanted=8)
     assert value(metrics, "workers_wanted") == 8
+    metrics.workers(3, needed=4)
+    assert value(metrics, "workers_needed") == 4
 
 
 def test_workers_by_node_and_nodes_are_bounded() -> None:

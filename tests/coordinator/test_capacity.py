@@ -38,6 +38,8 @@ def test_fewer_workers_and_more_threads_than_cores_are_said() -> None:
     said: list[str] = []
     say_workers(asking(workers=9, cpus_per_worker=2), 4, said.append)
     say_workers(asking(workers=2, cpus_per_worker=1), 2, said.append)
-    fewer, threads = said
+    say_workers(asking(workers=9, cpus_per_worker=2), 0, said.append, grows=True)
+    fewer, threads, growing = said
+    assert growing == "there is room for 0 of 9 workers now: the autoscaler is to add nodes for the rest"
     assert fewer == "9 workers were asked for, the free resources allow 4: going on with 4"
     assert "2 threads and reserves 1 CPUs" in threads and threads.endswith("give --execution.cpus_per_worker 2")

@@ -100,6 +100,15 @@ def test_nobody_is_asked_before_being_ready() -> None:
     assert pool.submitted == [(1, shard(0))]
 
 
+@pytest.mark.parametrize(
+    ("workers", "verify", "least", "needed"), [(3, 0.0, 1, 1), (3, 0.5, 1, 2), (1, 0.5, 1, 1), (3, 0.5, 3, 3)]
+)
+def test_as_many_workers_are_needed_as_configured_and_two_to_verify(
+    workers: int, verify: float, least: int, needed: int
+) -> None:
+    assert Dispatcher(FakePool(workers), Policy(verify=verify, min_workers=least)).needed == needed
+
+
 def test_an_order_goes_to_the_least_loaded_worker_and_the_lowest_slot_among_equals() -> None:
     dispatcher, pool = started(3)
     submit(dispatcher, *map(shard, range(5)))

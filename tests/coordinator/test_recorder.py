@@ -11,6 +11,7 @@ import pytest
 
 from cluster.config.run import RunConfig
 from cluster.errors import RunDirectoryError
+from cluster.metrics import Metrics, RunInfo
 from coordinator import checkpoint as checkpoints
 from coordinator.checkpoint import Checkpoint
 from coordinator.commit_log import Entry, read_log
@@ -189,3 +190,16 @@ def test_a_superseded_driver_writes_no_checkpoint(run: RunDirectory) -> None:
     later.commit(entry(2), record(2))
     later.checkpoint(at(2))
     assert kept(run) == [1, 2]
+
+
+def test_a_superseded_driver_leaves_the_later_ones_metrics_alone(run: RunDirectory) -> None:
+    metrics = Metrics(RunInfo("run", "tiny", "maml", "", 0, "digest"), regression=True)
+    stale = recorder(run)
+    stale.keep_metrics(metrics)
+    metrics.version(1, 5)
+    recorder(run).keep_metrics(metrics)
+    assert "metafleet_version 1.0" in (newer := run.metrics.read_text())
+    metrics.version(0, 5)
+    with pytest.raises(RunDirectoryError, match=r"another driver \(epoch 2\) has taken over"):
+        stale.keep_metrics(metrics)
+    assert run.metrics.read_text() == newer

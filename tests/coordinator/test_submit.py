@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,16 @@ ADDRESS = "http://head:8265"
 RUN = ("--run-dir", "/shared/run")
 
 
+Step = tuple[str | type[BaseException] | None, str | JobState | type[Exception]]
+"""What a server shows of a log before it ends it, what happens instead, or ``None`` for silence; and then the state."""
+
+
 @dataclass
 class FakeServer:
     """A job server that plays a script: each step is what a `tail` shows and how it ends, and the state afterwards."""
 
     address: str = ADDRESS
-    script: list[tuple[str | type[BaseException], str | JobState | type[Exception]]] = field(default_factory=list)
+    script: list[Step] = field(default_factory=list)
     submitted: list[tuple[JobRequest, dict[str, bytes]]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     log: str = ""
@@ -49,12 +55,13 @@ class FakeServer:
     def stop(self, job: str) -> None:
         self.stopped.append(job)
 
-    def tail(self, job: str, show: Callable[[str], None]) -> None:
+    def tail(self, job: str, show: Callable[[str], None]) -> bool:
         shown, self.now = self.script.pop(0)
-        if not isinstance(shown, str):
-            raise shown
-        self.log += shown
+        if isinstance(shown, type):
+            raise shown("the line is dead")
+        self.log += shown or ""
         show(self.log)
+        return shown is not None
 
 
 @pytest.fixture
@@ -226,36 +233,99 @@ def test_what_is_shipped_is_said_and_sent(
     assert "raise --max-size; largest: large 1.0 MiB, big/ 0.0 MiB" in capsys.readouterr().err
 
 
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder whose ignored parts this process may not read; root, who may, is somebody else meanwhile."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # nobody else may enter the test's own folder
+    folder.chmod(0o777)
+    for name in ("code/run.py", "theirs/volume/data.toml", "listed/deep/data.toml", "ignoring/.gitignore"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / ".gitignore").write_text("theirs\nlisted/\nignoring/\n")
+    for name, mode in (("theirs/volume", 0), ("listed", 0o444), ("ignoring/.gitignore", 0)):
+        (folder / name).chmod(mode)
+    os.seteuid(os.geteuid() or 65534)
+    yield folder
+    os.seteuid(os.getuid())
+    for path in (folder / "theirs" / "volume", folder / "listed", folder / "code"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_is_ignored_need_not_be_readable(closed: Path) -> None:
+    found = survey(closed)
+    assert [path.as_posix() for path in found.sizes] == [".gitignore", "code/run.py"]
+    write_package(closed / "package.zip", found, {})
+    with zipfile.ZipFile(closed / "package.zip") as archive:
+        assert archive.namelist() == [".gitignore", "code/run.py"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("code/run.py", 0), ("code", 0), ("code", 0o444), (".gitignore", 0), ("ignoring", None)]
+)
+def test_what_is_shipped_must_be_readable(closed: Path, name: str, mode: int | None) -> None:
+    os.seteuid(os.getuid())
+    if mode is None:  # ignored no longer
+        (closed / ".gitignore").write_text("theirs\nlisted/\n")
+    else:
+        (closed / name).chmod(mode)
+    os.seteuid(os.geteuid() or 65534)
+    why = rf"^cannot ship {closed / name}\S*: Permission denied; leave it out by --exclude PATTERN$"
+    with pytest.raises(ConfigError, match=why):
+        write_package(closed / "package.zip", survey(closed), {})
+
+
 # -------------------------------------------------------------------------------------------------------------- follow
 
 
-def followed(
-    *script: tuple[str | type[BaseException], str | JobState | type[Exception]], **options: Any
-) -> tuple[FakeServer, list[float], tuple[JobState | None, int]]:
+def followed(*script: Step, **options: Any) -> tuple[FakeServer, list[float], tuple[JobState | None, int]]:
     server, pauses = FakeServer(script=list(script)), []
     return server, pauses, attend(server, "job", SubmitOptions(ADDRESS, **options), pauses.append)
 
 
-def test_a_log_that_breaks_off_goes_on_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
-    _, pauses, (state, code) = followed(("one\ntw", "RUNNING"), ("", "RUNNING"), ("o\nthree\n", "SUCCEEDED"))
-    assert (state, code, len(pauses)) == (JobState("SUCCEEDED"), 0, 2)
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+def test_a_log_that_breaks_off_goes_on_where_it_was_and_both_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = (ClusterError, "RUNNING")
+    _, pauses, (state, code) = followed(("one\ntw", "RUNNING"), broken, broken, ("o\nthree\n", "SUCCEEDED"))
+    assert (state, code, len(pauses)) == (JobState("SUCCEEDED"), 0, 3)
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\nthree\n"
+    assert err.splitlines() == [
+        "the log cannot be followed for now (the server has closed it): trying again",
+        "the log is followed again",
+        "job job SUCCEEDED",
+    ]
 
 
-def test_a_lost_server_is_told_after_some_tries() -> None:
-    server, pauses = FakeServer(script=[("one\n", ClusterError)]), []
-    with pytest.raises(ClusterError, match="lost job job, which may go on: no answer"):
+def test_a_silent_log_is_asked_for_again_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert followed((None, "RUNNING"), (None, "SUCCEEDED"), ("one\n", "SUCCEEDED"))[2][1] == 0
+    assert capsys.readouterr() == ("one\n", "job job SUCCEEDED\n")
+
+
+def test_the_rest_of_an_ended_jobs_log_is_tried_for_some_times(capsys: pytest.CaptureFixture[str]) -> None:
+    lost = (ClusterError, "SUCCEEDED")
+    followed(("one\n", "RUNNING"), lost, ("two\n", "SUCCEEDED"))
+    assert capsys.readouterr().out == "one\ntwo\n"
+    server, _, (_, code) = followed(*[lost] * 9)
+    assert (code, len(server.script)) == (0, 6)
+    assert "cannot be followed for now (the line is dead)" in capsys.readouterr().err
+
+
+def test_a_lost_server_is_told_after_some_tries(capsys: pytest.CaptureFixture[str]) -> None:
+    server, pauses = FakeServer(script=[(ClusterError, ClusterError)]), []
+    with pytest.raises(ClusterError, match="lost job job, which may go on: no answer; to follow it again: ") as lost:
         attend(server, "job", SubmitOptions(ADDRESS), pauses.append)
-    assert 20 < sum(pauses) < 60
+    assert str(lost.value).endswith(f"ray job logs --follow --address {ADDRESS} job")
+    assert 20 < sum(pauses) < 60 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_server_that_owes_an_answer_is_asked_again() -> None:
+def test_a_server_that_owes_an_answer_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
     server = FakeServer(script=[("one\n", ClusterError)])
 
     def comes_back(_: float) -> None:
         server.now = "SUCCEEDED"
 
     assert attend(server, "job", SubmitOptions(ADDRESS), comes_back) == (JobState("SUCCEEDED"), 0)
+    assert capsys.readouterr().err.startswith("the log cannot be followed for now (no answer): trying again\n")
 
 
 @pytest.mark.parametrize(

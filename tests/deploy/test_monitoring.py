@@ -35,7 +35,7 @@ def promtool(*argv: object) -> str:
 
 @needs_promtool
 def test_promtool_accepts_the_rules_and_their_tests_pass() -> None:
-    assert "9 rules found" in promtool("check", "rules", RULES)
+    assert "10 rules found" in promtool("check", "rules", RULES)
     assert "SUCCESS" in promtool("test", "rules", RULES.with_name("metafleet_test.yml"))
 
 

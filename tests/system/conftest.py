@@ -86,8 +86,7 @@ def _this_process(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, 
     """The same for commands that a test runs in this process."""
     monkeypatch.setenv("METAFLEET_CACHE", environment["METAFLEET_CACHE"])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # Ray reads this once a process: a local run's own token would be there for clusters that are joined after it.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.chdir(tmp_path)
 
 

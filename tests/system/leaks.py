@@ -21,7 +21,9 @@ def token_of(pids: Iterable[int]) -> str:
 def leaks(secret: str, *folders: Path) -> list[str]:
     """Processes of this machine whose command lines show it, and files below ``folders`` that hold it."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert all(any(path.is_relative_to(folder) for path in files) for folder in folders), "an empty folder proves nothing"
+    assert all(any(path.is_relative_to(folder) for path in files) for folder in folders), (
+        "an empty folder proves nothing"
+    )
     found = []
     for path in (*Path("/proc").glob("[0-9]*/cmdline"), *files):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended, or was removed meanwhile

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,8 +15,11 @@ import pytest
 from cluster.config.run import RunConfig
 from cluster.errors import StoreError
 from cluster.messages import WorkerHello
+from cluster.ray_runtime import ray_cluster
 from metaworker.actor import WorkerActor
+from tests.system.conftest import metrics_address
 from tests.system.driving import Command, Finished, listening
+from tests.system.leaks import leaks, token_of
 
 pytestmark = pytest.mark.ray
 
@@ -104,15 +109,30 @@ def test_more_than_the_joined_cluster_has(here: Callable[..., Finished], cluster
     assert not (tmp_path / "run").exists()
 
 
+def test_one_process_may_train_locally_and_on_a_cluster_whenever_it_imported_ray(cluster: str) -> None:
+    import ray
+
+    before = {name for name in os.environ if name.startswith("RAY_")}
+    for address in ("local", cluster, "local"):
+        with ray_cluster(address, None if address == cluster else 1) as resources:
+            assert resources.total()["CPU"] == (4 if address == cluster else 1)
+            mode = ray.remote(lambda: os.environ.get("RAY_AUTH_MODE")).options(num_cpus=0.5)
+            assert ray.get(mode.remote()) == ("disabled" if address == cluster else "token")
+        assert {name for name in os.environ if name.startswith("RAY_")} == before
+
+
 def test_no_cluster_where_the_environment_says(command: Command) -> None:
     error = command.run(*SHORT, "--address", "auto", "--run-dir", "run", RAY_ADDRESS="127.0.0.1:1").error
     assert "no Ray cluster at '127.0.0.1:1'" in error and "start one with `ray start --head`" in error
     assert not (command.folder / "run").exists()
 
 
-def test_another_runs_own_cluster_is_not_joined_and_listens_on_localhost_alone(command: Command) -> None:
+def test_another_runs_own_cluster_is_closed_to_others_and_keeps_its_token(command: Command) -> None:
     other = command.start("train", "sinusoid-maml", "--run-dir", "other", "--workers", 1, "--evaluation.every", 0)
     other.until_version(command.folder / "other", 1)
+    token = token_of(other.family())
+    assert leaks(token, command.folder, other.ray_folder()) == []  # its output and the run directory are in the first
+    assert token not in urllib.request.urlopen(metrics_address(other), timeout=20).read().decode()
     port = next(filter(None, (re.search(r"--gcs-address=\S+?:(\d+)", name) for name in other.family().values())))[1]
     error = command.run(*SHORT, "--address", f"127.0.0.1:{port}", "--run-dir", "run").error
     assert "another run's own cannot be joined" in error

@@ -104,7 +104,7 @@ def test_every_panel_and_every_alert_reads_what_runs_serve(
         return prometheus("rules")["groups"][0]["rules"]
 
     wait_for(lambda: not empty(), "data for every panel: see prometheus.log", 150)
-    assert len(rules()) == 9
+    assert len(rules()) == 10
     assert {rule["health"] for rule in rules()} == {"ok"}
     # The killed worker is more than a twentieth of the first few attempts, and of later ones no more.
     wait_for(lambda: all(rule["state"] == "inactive" for rule in rules()), "alerts that are all inactive", 60)

@@ -14,15 +14,19 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from cluster.errors import ClusterError
+from coordinator.ray_jobs import RayJobServer
 from coordinator.run_dir import RunDirectory
-from tests.system.conftest import metrics_address, ray_head
+from coordinator.submit import SubmitOptions, attend
+from tests.system.conftest import ray_head
 from tests.system.driving import Command, Driver, Finished, entries_of, newest_checkpoint, wait_for
 from tests.system.leaks import leaks
+from tests.system.relay import Relay
 
 pytestmark = [
     pytest.mark.ray,
@@ -99,10 +103,11 @@ def open_cluster(environment: dict[str, str]) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def token_cluster(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One that has the token in its environment, as in compose; those who may use it have a file."""
     token = tmp_path_factory.mktemp("secrets") / "token"
     token.write_text(TOKEN)
-    with head(environment, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token)) as cluster:
-        yield cluster
+    with head(environment, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as cluster:
+        yield replace(cluster, allowed={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +143,12 @@ def job_of(driver: Driver) -> str:
 
 
 def stopped_and_submitted_again(
-    cluster: Cluster, digest: str, run: Path, *argv: object, meanwhile: Callable[[Driver], None] = lambda _: None
+    cluster: Cluster, digest: str, run: Path, *argv: object, meanwhile: Callable[[], None] = lambda: None
 ) -> Driver:
     line = (*argv, *SMALL, "--run-dir", run, "--workers", 2, "--on-interrupt", "stop")
     driver = cluster.start(*line)
     driver.until_version(run, 20)
-    meanwhile(driver)
+    meanwhile()
     driver.send(signal.SIGINT)
     stopped = driver.finish(70)
     at = len(entries_of(run))
@@ -183,18 +188,19 @@ def test_a_token_is_asked_for_judged_and_never_shown(
     assert "refuses this authentication token" in wrong.error and "0ff0ff" not in wrong.error
     assert not (tmp_path / ".ray").exists() and not run.exists()
 
-    def in_the_open(driver: Driver) -> None:
-        """The folder of the cluster has Ray's session in it, and what submit shows: the job's log too."""
-        assert [*token_cluster.command.folder.glob("session_latest/logs/job-driver-*")]
-        assert leaks(TOKEN, run, token_cluster.command.folder) == []
-        metrics = [metrics_address(driver)]
-        for target in json.loads((token_cluster.command.folder / "prom_metrics_service_discovery.json").read_text()):
-            metrics += [f"http://{address}/metrics" for address in target["targets"]]
-        assert len(metrics) > 1
-        assert not any(TOKEN.encode() in urllib.request.urlopen(url, timeout=20).read() for url in metrics)
+    folder = token_cluster.command.folder  # Ray's session is in it, with the job's log, and what is printed here
 
-    stopped_and_submitted_again(token_cluster, digest, run, recipe, meanwhile=in_the_open)
-    assert leaks(TOKEN, run, token_cluster.command.folder) == []
+    def nowhere() -> None:
+        assert leaks(TOKEN, run, folder) == []
+        (log,) = folder.glob("session_latest/logs/job-driver-*")
+        own = re.findall(r"metrics at (\S+)", log.read_text())
+        rays = json.loads((folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
+        assert own and rays
+        for url in (*own, *(f"http://{address}/metrics" for address in rays)):
+            assert TOKEN not in urllib.request.urlopen(url, timeout=20).read().decode()
+
+    stopped_and_submitted_again(token_cluster, digest, run, recipe, meanwhile=nowhere)
+    assert leaks(TOKEN, run, folder) == []
 
 
 def test_ctrl_c_leaves_the_job_to_the_lines_that_were_printed(open_cluster: Cluster, tmp_path: Path) -> None:
@@ -211,6 +217,31 @@ def test_ctrl_c_leaves_the_job_to_the_lines_that_were_printed(open_cluster: Clus
     assert newest_checkpoint(run) == len(entries_of(run))
     follow = re.findall(r"^  follow: ray job (.*)$", left.err, re.MULTILINE)[-1]
     assert "checkpoint written" in open_cluster.ray_job(*follow.split()).out
+
+
+def test_a_connection_that_breaks_is_told_and_made_again(open_cluster: Cluster, tmp_path: Path) -> None:
+    line = ("sinusoid-maml", "--run-dir", tmp_path / "run", "--workers", 1, "--steps", 100_000)
+    with Relay(int(open_cluster.address.rpartition(":")[2])) as relay:
+        driver = replace(open_cluster, address=relay.address).start(*line)
+        driver.until(lambda: driver.out.count("\n") > 5, "the job's log")
+        relay.close()
+        lost = f"\nthe log cannot be followed for now (the connection to {relay.address} is lost): trying again\n"
+        driver.until(lambda: lost in driver.err, "the loss")
+        relay.open()
+        driver.until(lambda: "\nthe log is followed again\n" in driver.err, "the log")
+        job = job_of(driver)
+        assert open_cluster.ray_job("stop", "--address", open_cluster.address, job).code == 0
+        assert driver.finish().code == 143
+    (log,) = open_cluster.command.folder.glob(f"session_latest/logs/job-driver-{job}.log")
+    assert driver.out == log.read_text()
+
+
+def test_a_server_that_stays_away_is_an_error(open_cluster: Cluster) -> None:
+    with Relay(int(open_cluster.address.rpartition(":")[2])) as relay:
+        server = RayJobServer(relay.address)
+    with pytest.raises(ClusterError, match=r"^lost job mine, which may go on: no Ray job server at .*refused") as lost:
+        attend(server, "mine", SubmitOptions(relay.address), lambda _: None)
+    assert str(lost.value).endswith(f"; to follow it again: ray job logs --follow --address {relay.address} mine")
 
 
 def test_exit_code_and_report_are_the_jobs_own(
