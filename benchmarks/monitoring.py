@@ -22,11 +22,13 @@ from benchmarks.rounds import Spread, interleave, ratios, seconds
 from benchmarks.workload import calibrated_shard, config
 from cluster.messages import Contribution, ShardStatistics
 from cluster.metrics import Metrics, RunInfo
-from cluster.metrics_catalogue import SLOTS
+from cluster.metrics_catalogue import NODES, SLOTS
 from cluster.ray_runtime import ray_cluster, usable_cpus
 
-WORKERS = (1, 16, 64, SLOTS + 1)
-"""Workers that have sent something; there are no series for more than the last."""
+WORKERS = (1, 16, 64, max(SLOTS, NODES) + 1)
+"""Workers that have sent something, each on a node of its own; there are no series for more than the last."""
+STEPS = 20
+"""Adaptation steps of a validation."""
 FORMATS = {
     "OpenMetrics": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5",
     "text": "text/plain;version=0.0.4",
@@ -111,6 +113,8 @@ def _of_a_run(workers: int) -> Metrics:
             seconds=0.15,
             weight=1.0,
         )
+    metrics.workers(workers, workers, {f"node-{worker}": 1 for worker in range(workers)})
+    metrics.validation([0.5] * (STEPS + 1))
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from cluster.errors import ConfigError
 
 
 @contextmanager
-def announced(folder: Path, host: str, port: int, labels: Mapping[str, str]) -> Iterator[Path]:
+def announced(
+    folder: Path, host: str, port: int, labels: Mapping[str, str], failed: Callable[[], bool] = lambda: False
+) -> Iterator[Path]:
     """Announce ``host:port`` in ``folder``, and take it back at the end; gives the file.
 
     Args:
@@ -23,6 +25,8 @@ def announced(folder: Path, host: str, port: int, labels: Mapping[str, str]) -> 
         port: as bound.
         labels: for every sample of the run; ``run`` names the file, so that a run which is resumed takes over what a
             killed driver has left.
+        failed: whether an error that ends the block is one to be told of. Then the announcement stays, and Prometheus
+            finds that nobody answers.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -38,7 +42,12 @@ def announced(folder: Path, host: str, port: int, labels: Mapping[str, str]) -> 
         raise ConfigError(
             f"execution.metrics_discovery {folder}: {error.strerror}; give a folder that this user may write to"
         ) from error
+    stays = False
     try:
         yield path
+    except Exception:
+        stays = failed()
+        raise
     finally:
-        path.unlink(missing_ok=True)
+        if not stays:
+            path.unlink(missing_ok=True)

@@ -120,6 +120,12 @@ class Metrics:
         self._of["version"].set(version)
         self._of["target_versions"].set(target)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run has begun that is not at its last version."""
+        version, target = (self.registry.get_sample_value(f"metafleet_{n}") for n in ("version", "target_versions"))
+        return (version or 0) < (target or 0)
+
     def commit(self, version: int, loss: float, metric: float, gradient_norm: float) -> None:
         """The outer update that made ``version``; ``metric`` is the accuracy (fraction) or the mean squared error."""
         before, self._commit_at = self._commit_at, self._clock()

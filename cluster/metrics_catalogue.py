@@ -20,9 +20,9 @@ Phase = Literal["wait", "transfer", "reduce", "commit"]
 PREFIX: Final = "metafleet_"
 
 SLOTS: Final = 128
-"""Worker slots that have a label of their own; all higher ones share ``256+``, so that the label stays bounded."""
+"""Worker slots that have a label of their own; all higher ones share ``128+``, so that the label stays bounded."""
 
-NODES: Final = 256
+NODES: Final = 128
 """Nodes that have a label of their own."""
 
 STALENESS_BUCKETS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)

@@ -181,7 +181,8 @@ def _metrics(config: RunConfig, path: Path, stack: ExitStack, view: View) -> tup
     if not host.startswith("127."):
         view.message(f"metrics are served on {host}: whoever reaches this machine can read them")
     if config.execution.metrics_discovery is not None:
-        stack.enter_context(announced(Path(config.execution.metrics_discovery), host, port, {"run": path.name}))
+        folder, labels = Path(config.execution.metrics_discovery), {"run": path.name}
+        stack.enter_context(announced(folder, host, port, labels, lambda: metrics.unfinished))
     return metrics, f"http://{host}:{port}/metrics"
 
 

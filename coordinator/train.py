@@ -148,6 +148,7 @@ class Trainer:
             self._show()
         self._ended = self._r.clock()
         self._r.dispatcher.forget()
+        self._count_workers()
         if not self._saved:
             self._save(renew=True)
         for _, checkpoint in self._validations.values():
@@ -205,6 +206,7 @@ class Trainer:
             self._welcome_late(outcome.hello)
         else:
             self._welcome(outcome.hello)
+        self._count_workers()
 
     def _contribution(self, accepted: Accepted) -> None:
         contribution, version = accepted.contribution, self.state.version
@@ -364,11 +366,14 @@ class Trainer:
             workers=self._r.dispatcher.workers,
         )
 
+    def _count_workers(self) -> None:
+        dispatcher, wanted = self._r.dispatcher, self._r.config.execution.workers
+        self._r.metrics.in_flight(dispatcher.in_flight)
+        self._r.metrics.workers(dispatcher.workers, wanted, dispatcher.nodes, needed=dispatcher.needed)
+
     def _show(self) -> None:
         dispatcher, last = self._r.dispatcher, self._last
-        self._r.metrics.in_flight(dispatcher.in_flight)
-        wanted = self._r.config.execution.workers
-        self._r.metrics.workers(dispatcher.workers, wanted, dispatcher.nodes, needed=dispatcher.needed)
+        self._count_workers()
         self._r.metrics.goodput(self.goodput.share, self.goodput.lost, self.goodput.lost_seconds)
         nan = float("nan")
         self._r.view.update(

@@ -77,7 +77,7 @@ def rate(counter: str) -> str:
 
 def quantiles(histogram: str) -> tuple[Query, ...]:
     """Median and 99th percentile of a histogram."""
-    buckets = f"sum by (run, le) ({rate(f'{histogram}_bucket')})"
+    buckets = f"sum by (run, instance, le) ({rate(f'{histogram}_bucket')})"
     return tuple(
         Query(f"histogram_quantile({q}, {buckets})", f"{{{{run}}}} {name}")
         for q, name in ((0.5, "median"), (0.99, "99 %"))
@@ -231,7 +231,9 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             "Where workers' time goes",
             "How many workers build episodes, adapt, and wait, on average.",
             tuple(
-                Query(f"sum by (run) ({rate(f'metafleet_worker_{what}_seconds_total')})", f"{{{{run}}}} {what}")
+                Query(
+                    f"sum by (run, instance) ({rate(f'metafleet_worker_{what}_seconds_total')})", f"{{{{run}}}} {what}"
+                )
                 for what in ("sample", "adapt", "idle")
             ),
             least=0,
@@ -344,6 +346,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             "Failures by kind",
             "Failed attempts and refused contributions a minute, by kind; all of them were dealt with.",
             (Query(f"60 * ({rate('metafleet_failures_total')})", "{{run}} {{kind}}"),),
+            unit="cpm",
             least=0,
         ),
         Panel(

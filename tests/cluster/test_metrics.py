@@ -8,7 +8,7 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -251,6 +251,15 @@ def test_phases_share_the_time_between_them() -> None:
     assert found == {"commit": 3.0, "transfer": 2.0, "wait": 2.5, "reduce": 0.0}
 
 
+def test_a_run_is_unfinished_from_its_start_to_its_last_version() -> None:
+    metrics = Metrics(INFO)
+    assert not metrics.unfinished
+    metrics.version(1, 2)
+    assert metrics.unfinished
+    metrics.commit(2, 0.5, 0.9, 1.0)
+    assert not metrics.unfinished
+
+
 def test_time_between_commits() -> None:
     clock = Clock()
     metrics = Metrics(INFO, clock=clock)
@@ -321,6 +330,13 @@ def test_a_run_is_announced_while_it_lives(tmp_path: Path) -> None:
             assert json.loads(other.read_text())[0]["targets"] == [f"{socket.getfqdn()}:9401"]
         assert list((tmp_path / "sd").iterdir()) == [path]
     assert not path.exists()
+    for failed in (False, True):
+        with (
+            suppress(ZeroDivisionError),
+            announced(tmp_path / "sd", "h", 1, {"run": "x"}, lambda failed=failed: failed),
+        ):
+            raise ZeroDivisionError
+        assert bool(list((tmp_path / "sd").iterdir())) == failed
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="give a folder that this user may write to"),
