@@ -170,7 +170,7 @@ SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
 CATALOGUE: Final = tuple(metric for section in SECTIONS.values() for metric in section)
 
 LABELS: Final = {
-    "run": "name of the run directory",
+    "run": "name of the run directory; on Kubernetes that of the RayJob, and the directory's is `exported_run`",
     "step": "0, 1, 2, 5, 10 … and `last`",
     "phase": ", ".join(f"`{phase}`" for phase in get_args(Phase)),
     "kind": ", ".join(f"`{kind}`" for kind in get_args(FailureKind)),

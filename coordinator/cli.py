@@ -91,7 +91,8 @@ class OverridesCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Click's parsing, after the fields have been taken out."""
         visible = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
-        return super().parse_args(ctx, take_overrides(args, [name for param in visible for name in param.opts], ctx))
+        options = [name for param in visible for name in (*param.opts, *param.secondary_opts)]
+        return super().parse_args(ctx, take_overrides(args, options, ctx))
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Click's help, then the fields."""

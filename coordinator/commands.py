@@ -85,6 +85,12 @@ def submit(recipe: str | None, overrides: Sequence[Override], options: SubmitOpt
         )
     if store is not None and not Path(store).is_absolute():
         raise ConfigError(f"a job needs its store by the whole path that the cluster has it at, got --store {store}")
+    discovery = config.execution.metrics_discovery
+    if discovery is not None and not Path(discovery).is_absolute():
+        raise ConfigError(
+            "a job announces its metrics in a folder of the cluster's head, which it needs by its whole path, got "
+            f"--execution.metrics_discovery {discovery}"
+        )
 
     from coordinator.submit import submit_command
 

@@ -178,12 +178,12 @@ def _metrics(config: RunConfig, path: Path, stack: ExitStack, view: View) -> tup
         return metrics, None
     host, port = metrics.serve(config.execution.metrics_host, config.execution.metrics_port)
     stack.callback(metrics.close)
-    if not host.startswith("127."):
+    if not (host.startswith("127.") or host == "::1"):
         view.message(f"metrics are served on {host}: whoever reaches this machine can read them")
     if config.execution.metrics_discovery is not None:
         folder, labels = Path(config.execution.metrics_discovery), {"run": path.name}
         stack.enter_context(announced(folder, host, port, labels, lambda: metrics.unfinished))
-    return metrics, f"http://{host}:{port}/metrics"
+    return metrics, f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
 
 # ------------------------------------------------------------------------------------------------------------ end

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -153,10 +154,13 @@ def submit_command(config: RunConfig, options: SubmitOptions) -> dict[str, Any]:
     _say(f"job {request.submission_id} submitted to {options.address}")
     _say_how(options.address, request.submission_id)
     state, code = attend(server, request.submission_id, options) if options.wait else (None, 0)
+    if state is None:
+        with suppress(ClusterError):  # the job is there, whatever becomes of this connection
+            state = server.state(request.submission_id)
     return {
         "submission_id": request.submission_id,
         "address": options.address,
-        "state": (state or server.state(request.submission_id)).name,
+        "state": state.name if state else None,
         "exit_code": code,
         "run_dir": config.execution.run_dir,
         "entrypoint": request.entrypoint,
@@ -321,6 +325,7 @@ def _surveyed(options: SubmitOptions) -> Survey | None:
     _say(f"shipping {len(found.sizes)} files of {options.working_dir}, {mib(found.size)}")
     for what, paths in (
         ("TOML files that .gitignore or .rayignore leaves out", found.ignored_recipes),
+        ("what looks like a secret, by its name", found.secrets),
         ("links to folders, to nothing, or out of the folder, which are not followed", found.links),
     ):
         if paths:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pathspec import GitIgnoreSpec
 
@@ -19,29 +20,15 @@ from cluster.errors import ConfigError
 EXCLUDES = (
     *(".git", ".venv/", "venv/", "node_modules/", "/runs/", "__pycache__/", "*.pyc", "*.egg-info/", ".*_cache/"),
     *("*.arrow", "*.arrow.header", "*.safetensors"),
-    # Secrets, where people keep them beside their code.
-    *(
-        ".env",
-        ".env.*",
-        ".netrc",
-        ".ssh",
-        ".aws",
-        ".kube",
-        ".ray",
-        ".docker",
-        ".git-credentials",
-        ".npmrc",
-        ".pypirc",
-        ".envrc",
-        "auth_token",
-        "*.pem",
-        "*.key",
-        "id_*",
-        "credentials*",
-        "*_token",
-    ),
 )
 """Patterns, as .gitignore has them, of what never goes along."""
+
+SECRETS = (
+    *(".env", ".env.*", ".envrc", ".netrc", ".npmrc", ".pypirc", ".git-credentials", "auth_token"),
+    *(".ssh", ".aws", ".kube", ".ray", ".docker", "*.pem", "*.key"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credentials*", "*_token", "!*.py"),
+)
+"""Patterns of secrets, where people keep them beside their code: they never go along either, and are named."""
 
 IGNORE_FILES = (".gitignore", ".rayignore")
 """Files whose patterns hold for the folder that they are in, as for Ray's own packages."""
@@ -64,6 +51,8 @@ class Survey:
     """Bytes of each file, by its path in the folder, sorted."""
     ignored_recipes: tuple[Path, ...]
     """TOML files that an ignore file leaves out: a recipe may be among them."""
+    secrets: tuple[Path, ...]
+    """What ``SECRETS`` names and no ignore file does."""
     links: tuple[Path, ...]
     """Links to folders, to nothing, and out of the folder: they are not followed."""
 
@@ -74,7 +63,7 @@ class Survey:
 
 
 def survey(folder: Path, excludes: Sequence[str] = ()) -> Survey:
-    """What ``folder`` holds, but for ``EXCLUDES``, ``excludes`` and what its ignore files name.
+    """What ``folder`` holds, but for ``EXCLUDES``, ``SECRETS``, ``excludes`` and what its ignore files name.
 
     Raises:
         ConfigError: no folder, or one that cannot be read.
@@ -83,17 +72,20 @@ def survey(folder: Path, excludes: Sequence[str] = ()) -> Survey:
         raise ConfigError(f"--working-dir {folder} is no folder: give the one to ship, or leave it out")
     fixed = _spec([*EXCLUDES, *excludes], "--exclude")
     sizes: dict[Path, int] = {}
-    recipes, links = [], []
+    recipes, secrets, links = [], [], []
     with _readable():
-        for path, ignored in _walk(folder, fixed):
+        for path, left_out in _walk(folder, fixed):
             inner = path.relative_to(folder)
-            if ignored:
+            if left_out == "ignored":
                 recipes += [inner] if path.suffix == ".toml" else []
+            elif left_out == "secret":
+                secrets.append(inner)
             elif path.is_dir() or _leads_out(path, folder):
                 links.append(inner)
             elif path.is_file():
                 sizes[inner] = path.stat().st_size
-    return Survey(folder, dict(sorted(sizes.items())), tuple(sorted(recipes)), tuple(sorted(links)))
+    named = (tuple(sorted(paths)) for paths in (recipes, secrets, links))
+    return Survey(folder, dict(sorted(sizes.items())), *named)
 
 
 def refuse_too_large(found: Survey, limit: int) -> None:
@@ -142,13 +134,14 @@ def mib(size: int) -> str:
     return f"{size / MIB:.1f} MiB"
 
 
-def _walk(folder: Path, fixed: GitIgnoreSpec) -> Iterator[tuple[Path, bool]]:
-    """Files, and links to folders, that ``fixed`` does not name, each with whether an ignore file names it.
+def _walk(folder: Path, fixed: GitIgnoreSpec) -> Iterator[tuple[Path, Literal["ignored", "secret", None]]]:
+    """Files, links to folders, and folders that are secrets, but for what ``fixed`` names; each with why it stays here.
 
     Raises:
         OSError: a folder or an ignore file cannot be read, and no ignore file names it or what it is in.
     """
     rules: dict[Path, _Rules] = {folder.parent: []}
+    secrets = _spec(SECRETS, "secrets")
 
     def unreadable(error: OSError) -> None:
         path = Path(error.filename)
@@ -163,10 +156,12 @@ def _walk(folder: Path, fixed: GitIgnoreSpec) -> Iterator[tuple[Path, bool]]:
         rules[current] = above + own
         entries = [(current / name, "/") for name in folders] + [(current / name, "") for name in files]
         kept = [(path, mark) for path, mark in entries if not _named(path, mark, [(folder, fixed)])]
-        folders[:] = [path.name for path, mark in kept if mark]
+        secret = {path for path, mark in kept if _named(path, mark, [(folder, secrets)])}
+        folders[:] = [path.name for path, mark in kept if mark and path not in secret]
         for path, mark in kept:
-            if not mark or os.path.islink(path):  # which does not raise
-                yield path, _named(path, mark, rules[current])
+            if path in secret or not mark or os.path.islink(path):  # which does not raise
+                ignored = _named(path, mark, rules[current])
+                yield path, "ignored" if ignored else "secret" if path in secret else None
 
 
 def _leads_out(path: Path, folder: Path) -> bool:

@@ -134,6 +134,10 @@ def test_another_python_is_told_before_anything_is_imported() -> None:
         ([*RUN, "--store", "/s.arrow"], "would be unused"),
         ([*RUN, "--data.type", "store"], "give --store STORE"),
         ([*RUN, "--data.type", "store", "--store", "s.arrow"], "by the whole path"),
+        (
+            [*RUN, "--execution.metrics_discovery", "targets"],
+            "by its whole path, got --execution.metrics_discovery targets",
+        ),
         ([*RUN, "--submission-id", "a/b"], "--submission-id 'a/b'"),
         ([*RUN, "--exclude", "x"], "give --working-dir DIR as well"),
         ([*RUN, "--working-dir", "nowhere"], "nowhere is no folder"),
@@ -194,6 +198,7 @@ def test_ignored_files_and_secrets_stay_here_and_ignored_recipes_are_named(tree:
     shipped = {path.as_posix() for path in found.sizes}
     assert shipped == {".gitignore", ".rayignore", "code/.gitignore", "code/run.py", "kept.toml", "big/one.bin"}
     assert [path.as_posix() for path in found.ignored_recipes] == ["hidden/theirs.toml", "mine.toml"]
+    assert [path.as_posix() for path in found.secrets] == [".env", "keys/server.pem"]
     assert [path.as_posix() for path in found.links] == ["dangling", "link"]
 
 
@@ -228,6 +233,7 @@ def test_what_is_shipped_is_said_and_sent(
     err = capsys.readouterr().err
     assert "shipping 7 files of ., 0.0 MiB" in err
     assert "leaves out: hidden/theirs.toml, mine.toml" in err and "which are not followed: " in err and "link" in err
+    assert "not shipped: what looks like a secret, by its name: .env, keys/server.pem" in err
     (tree / "large").write_bytes(bytes(1 << 20))
     assert submit("sinusoid-maml", *RUN, "--working-dir", ".", "--max-size", 1) == 2
     assert "raise --max-size; largest: large 1.0 MiB, big/ 0.0 MiB" in capsys.readouterr().err
@@ -367,10 +373,17 @@ def test_ctrl_c_stops_the_job_if_that_was_asked_for_and_a_second_one_leaves_it()
     assert (state, code, server.stopped) == (None, 130, ["job"])
 
 
-def test_no_wait_leaves_at_once(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
-    report = submit_command(config(), SubmitOptions(ADDRESS, submission_id="mine", wait=False))
-    assert (report["state"], report["exit_code"], len(server.script)) == ("RUNNING", 0, 1)
-    assert f"ray job stop --address {ADDRESS} mine" in capsys.readouterr().err
+def test_no_wait_leaves_at_once(server: FakeServer, capfd: pytest.CaptureFixture[str]) -> None:
+    assert submit("sinusoid-maml", *RUN, "--submission-id", "mine", "--no-wait", "--json") == 0
+    out, err = capfd.readouterr()
+    assert '"state": "RUNNING", "exit_code": 0' in out and len(server.script) == 1
+    assert f"ray job stop --address {ADDRESS} mine" in err
+
+
+def test_no_wait_succeeds_although_nobody_says_what_became_of_the_job(server: FakeServer) -> None:
+    server.now = ClusterError
+    report = submit_command(config(), SubmitOptions(ADDRESS, wait=False))
+    assert (report["state"], report["exit_code"], len(server.submitted)) == (None, 0, 1)
 
 
 def test_json_is_all_on_stdout_and_the_log_is_not(server: FakeServer, capfd: pytest.CaptureFixture[str]) -> None:
@@ -390,7 +403,9 @@ def test_links_out_of_the_folder_and_keys_stay_here(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     (folder / "src" / "runs").mkdir(parents=True)
     (tmp_path / "secret").write_text("s")
-    for name in ("kept.py", "src/runs/__init__.py", ".npmrc", "credentials.json", "id_ecdsa", ".ray_token"):
+    (folder / ".aws").mkdir()
+    keys = (".npmrc", "credentials.json", "credentials.toml", "id_ecdsa", "id_rsa.pub", ".ray_token", ".aws/config")
+    for name in ("kept.py", "src/runs/__init__.py", *keys):
         (folder / name).write_text("x")
     (folder / "out").symlink_to(tmp_path / "secret")
     (folder / "nothing").symlink_to(tmp_path / "gone")
@@ -398,6 +413,14 @@ def test_links_out_of_the_folder_and_keys_stay_here(tmp_path: Path) -> None:
     found = survey(folder)
     assert [path.as_posix() for path in found.sizes] == ["inside.py", "kept.py", "src/runs/__init__.py"]
     assert [path.as_posix() for path in found.links] == ["nothing", "out"]
+    assert {path.as_posix() for path in found.secrets} == {*keys, ".aws"} - {".aws/config"}
+
+
+def test_code_is_no_secret_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("id_embedding.py", "id_maps.toml", "credentials.py", "next_token.py", "class_token.toml"):
+        (tmp_path / name).write_text("x")
+    found = survey(tmp_path)
+    assert len(found.sizes) == 5 and not found.secrets
 
 
 def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:

@@ -86,8 +86,18 @@ def instructions(path: Path) -> Iterator[tuple[str, str]]:
             yield name.upper(), rest.strip()
 
 
-def compose() -> Any:
-    return one(DEPLOY / "compose.yaml")
+def compose(*, gpus: bool = False, **environment: str) -> Any:
+    """compose.yaml as its program reads it in an environment; what that must have and has not stays as it is written.
+
+    Args:
+        gpus: as on a machine with GPUs.
+        environment: variables that are set.
+    """
+    text = (DEPLOY / "compose.yaml").read_text("utf-8")
+    if gpus:
+        text = re.sub(r"# (.+) # GPUs$", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: environment.get(found[1], found[2]), text)
+    return yaml.safe_load(text.replace("$$", "$"))
 
 
 def after_dashes(command: list[str]) -> list[str]:
@@ -102,6 +112,7 @@ def entrypoints() -> dict[str, list[str]]:
     return {
         "Dockerfile": json.loads(cmd),
         "compose.yaml": after_dashes(compose()["services"]["train"]["command"]),
+        "compose.yaml on GPUs": after_dashes(compose(gpus=True)["services"]["train"]["command"]),
         "kuberay/base": shlex.split(base()["RayJob"]["spec"]["entrypoint"]),
         "kuberay/overlays/gpu": shlex.split(entry["value"]),
     }

@@ -19,6 +19,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from cluster.config.run import RunConfig
+from coordinator import session
+from coordinator.cli import main
 from tests.deploy.manifests import (
     DEPLOY,
     KUBERAY,
@@ -39,6 +42,8 @@ YAML = sorted([*DEPLOY.rglob("*.yaml"), *DEPLOY.rglob("*.yml")])
 DOCKERFILE = DEPLOY / "Dockerfile"
 PINNED = re.compile(r"[\w./-]+:v?\d+(\.\d+)+[\w.-]*")
 """An image with a version of at least two numbers as its tag."""
+
+PROMETHEUS = DEPLOY / "prometheus/prometheus.yml"
 
 overlays = pytest.mark.parametrize("overlay", OVERLAYS)
 
@@ -165,34 +170,63 @@ def test_a_stopped_or_failed_job_can_go_on() -> None:
     assert head["terminationGracePeriodSeconds"] > grace >= 60
 
 
-def test_the_head_waits_until_the_driver_has_written_its_checkpoint(tmp_path: Path) -> None:
-    driver, script = tmp_path / "bin/metafleet", tmp_path / "script"
-    driver.parent.mkdir()
-    driver.write_text(
+def program(path: Path, after: str) -> Path:
+    """One that says that it is ready in the file ``ready``, and after SIGTERM does something more."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(
         f"#!{sys.executable}\n"
-        "import pathlib, signal, time\n"
+        "import pathlib, signal, sys, time\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])\n"
         "pathlib.Path('ready').touch()\n"
         "signal.sigwait([signal.SIGTERM])\n"
-        "time.sleep(0.3)\n"
-        "pathlib.Path('written').touch()\n"
+        f"{after}\n"
     )
-    driver.chmod(0o755)
-    stop = pods(base()["RayJob"])["head"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    script.write_text(
-        f"{driver} train glyphs-maml &\nuntil [ -e ready ]; do sleep 0.05; done\n{shlex.join(stop)}\n[ -e written ]\n"
-    )
-    # In a process namespace of its own: outside it, pkill would find the runs of others.
+    path.chmod(0o755)
+    return path
+
+
+def passes_alone(folder: Path, *lines: str) -> None:
+    """A script that ends well, in a process namespace of its own: outside it, pkill would find the runs of others."""
     alone = (tool("unshare"), "--pid", "--fork", "--mount-proc")
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("this user may not make process namespaces")
-    passes(*alone, "bash", str(script), cwd=tmp_path)
+    (folder / "script").write_text("\n".join(("set -e", *lines)))
+    passes(*alone, "bash", str(folder / "script"), cwd=folder)
+
+
+WRITES = "time.sleep(0.3); pathlib.Path('written').touch()"
+READY = "timeout 30 sh -c 'until [ -e ready ]; do sleep 0.05; done'; rm ready"
+
+
+def test_the_head_waits_until_the_driver_has_written_its_checkpoint(tmp_path: Path) -> None:
+    driver = program(tmp_path / "bin/metafleet", WRITES)
+    stop = pods(base()["RayJob"])["head"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    passes_alone(tmp_path, f"{driver} train glyphs-maml &", READY, shlex.join(stop), "[ -e written ]")
+
+
+@pytest.mark.parametrize(
+    "run", ["bin/metafleet train glyphs-maml", f"{sys.executable} -m coordinator.job 3.11 train x.toml",
+            f"{sys.executable} -m coordinator train glyphs-maml"],
+)  # fmt: skip
+def test_a_stopped_head_of_compose_has_its_runs_write_their_checkpoints_first(tmp_path: Path, run: str) -> None:
+    for name in ("bin/metafleet", "coordinator/__main__.py", "coordinator/job.py"):
+        program(tmp_path / name, WRITES)
+    (tmp_path / "coordinator/__init__.py").touch()
+    ray = program(tmp_path / "ray", "sys.exit(7 if pathlib.Path('written').exists() else 8)")
+    service = compose()["services"]["head"]
+    assert service["entrypoint"][:2] == json.loads(dict(instructions(DOCKERFILE))["ENTRYPOINT"])
+    assert service["command"][:2] == ["ray", "start"] and service["stop_grace_period"] == "120s"
+    head = shlex.join([*service["entrypoint"][2:], str(ray), *service["command"][1:]])
+    # The shell that Ray starts a job with goes on until its run ends: were it told too, Ray would kill the run.
+    job = shlex.join(["sh", "-c", f"{run}; exit 9"])
+    ends = 'code=0; wait "$head" || code=$?; [ "$code" = 7 ]; wait "$job" || code=$?; [ "$code" = 9 ]'
+    passes_alone(tmp_path, f"{head} & head=$!", READY, f"{job} & job=$!", READY, 'kill -TERM "$head"', ends)
 
 
 def test_prometheus_reaches_the_named_ports_of_the_pods_that_it_selects() -> None:
     job, policy, monitor = (base()[kind] for kind in ("RayJob", "NetworkPolicy", "PodMonitor"))
     app = {"app": "metafleet"}
-    assert [template["metadata"]["labels"] for template in pods(job).values()] == [app] * 3
+    assert all(template["metadata"]["labels"].items() >= app.items() for template in pods(job).values())
     assert monitor["spec"]["selector"] == policy["spec"]["podSelector"] == {"matchLabels": app}
     named = {port["name"]: port["containerPort"] for c in containers(job) for port in c.get("ports", ())}
     scraped = [named[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
@@ -200,6 +234,31 @@ def test_prometheus_reaches_the_named_ports_of_the_pods_that_it_selects() -> Non
     assert sorted(scraped) == sorted(port["port"] for port in rule["ports"])
     words = entrypoints()["kuberay/base"]
     assert named["run"] == int(words[words.index("--execution.metrics_port") + 1])
+
+
+def test_every_cluster_of_a_rayjob_is_the_same_run_to_prometheus() -> None:
+    (endpoint,) = (e for e in base()["PodMonitor"]["spec"]["podMetricsEndpoints"] if e["port"] == "run")
+    (rule,) = (rule for rule in endpoint["relabelings"] if rule["targetLabel"] == "run")
+    (source,) = rule["sourceLabels"]
+    labels = pods(base()["RayJob"])["head"]["metadata"]["labels"]
+    assert labels[source.removeprefix("__meta_kubernetes_pod_label_")] == base()["RayJob"]["metadata"]["name"]
+
+
+def test_the_operator_reaches_the_head_however_it_was_installed() -> None:
+    (rule,) = (rule for rule in base()["NetworkPolicy"]["spec"]["ingress"] if "operator" in str(rule))
+    assert [port["port"] for port in rule["ports"]] == [8265]
+    name, component = "app.kubernetes.io/name", "app.kubernetes.io/component"
+    # KubeRay gives the pods of every cluster that name as well, so that it is not enough.
+    assert [peer["podSelector"]["matchLabels"] for peer in rule["from"]] == [
+        {name: "kuberay-operator"},
+        {name: "kuberay", component: "kuberay-operator"},
+    ]
+
+
+def test_names_are_resolved_also_by_a_cache_on_the_node() -> None:
+    (rule,) = (r for r in base()["NetworkPolicy"]["spec"]["egress"] if {53} == {p["port"] for p in r.get("ports", ())})
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in rule["to"] and "kube-dns" in str(rule["to"])
+    assert {port["protocol"] for port in rule["ports"]} == {"UDP", "TCP"}
 
 
 def test_nobody_else_reaches_the_pods() -> None:
@@ -286,6 +345,34 @@ def test_grafana_finds_its_dashboards_and_prometheus() -> None:
     assert host and host[1] in compose()["services"]
 
 
+def test_a_worker_container_offers_the_cpus_that_it_may_use() -> None:
+    for more, cpus, memory in (({}, 2, "4g"), ({"WORKER_CPUS": "6", "WORKER_MEMORY": "9g"}, 6, "9g")):
+        worker = compose(**more)["services"]["worker"]
+        assert (worker["cpus"], worker["mem_limit"]) == (cpus, memory)
+        assert f"--num-cpus={cpus}" in worker["command"]
+    assert "--num-cpus=0" in compose()["services"]["head"]["command"]
+
+
+@pytest.mark.parametrize("name", ["head", "worker"])
+def test_the_object_store_fits_into_the_shared_memory_of_its_container(name: str) -> None:
+    service = compose()["services"][name]
+    (store,) = (word.partition("=")[2] for word in service["command"] if word.startswith("--object-store-memory="))
+    assert 0 < int(store) < int(service["shm_size"].removesuffix("gb")) * 2**30
+
+
+def test_on_gpus_compose_gives_them_to_its_workers() -> None:
+    worker = compose(gpus=True)["services"]["worker"]
+    assert worker["gpus"] == "all" and "gpus" not in compose()["services"]["worker"]
+    assert "--scale worker=1" in (DEPLOY / "compose.yaml").read_text("utf-8")  # else each container offers all of them
+
+
+def scraped_in_compose() -> dict[str, Any]:
+    """What Prometheus reads in compose, by the names of its jobs."""
+    volumes = (volume.split(":") for volume in compose()["services"]["prometheus"]["volumes"])
+    (source,) = (source for source, target, *_ in volumes if target.endswith("/prometheus.yml"))
+    return {job["job_name"]: job for job in one(DEPLOY / source)["scrape_configs"]}
+
+
 def test_a_run_in_compose_is_announced_where_prometheus_looks() -> None:
     services = compose()["services"]
     words = after_dashes(services["train"]["command"])
@@ -293,23 +380,51 @@ def test_a_run_in_compose_is_announced_where_prometheus_looks() -> None:
     (volume,) = (v.partition(":")[0] for v in services["train"]["volumes"] if v.endswith(f":{folder}"))
     (config,) = (v.split(":")[1] for v in services["prometheus"]["volumes"] if v.endswith("/prometheus.yml:ro"))
     (mounted,) = (v.split(":")[1] for v in services["prometheus"]["volumes"] if v.startswith(f"{volume}:"))
-    jobs = {job["job_name"]: job for job in one(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"]}
-    (discovery,) = jobs["metafleet"]["file_sd_configs"]
+    (discovery,) = scraped_in_compose()["metafleet"]["file_sd_configs"]
     assert discovery["files"] == [str((Path(mounted) / "*.json").relative_to(Path(config).parent))]
     assert f"--config.file={config}" in services["prometheus"]["command"]
 
 
 def test_prometheus_finds_the_nodes_of_compose() -> None:
     services = compose()["services"]
-    jobs = {job["job_name"]: job for job in one(DEPLOY / "prometheus/prometheus.yml")["scrape_configs"]}
-    (discovery,) = jobs["ray"]["dns_sd_configs"]
+    (discovery,) = scraped_in_compose()["ray"]["dns_sd_configs"]
     assert {name for name in services if "start" in services[name].get("command", ())} == set(discovery["names"])
     for name in discovery["names"]:
         assert f"--metrics-export-port={discovery['port']}" in services[name]["command"]
 
 
-def test_promtool_takes_the_configuration_and_its_rules() -> None:
-    passes(tool("promtool"), "check", "config", str(DEPLOY / "prometheus/prometheus.yml"))
+def test_prometheus_looks_up_the_names_of_compose_there_alone() -> None:
+    here, there = one(PROMETHEUS), one(PROMETHEUS.with_name("compose.yml"))
+    assert "dns_sd_configs" not in PROMETHEUS.read_text("utf-8")
+    for config in (here, there):
+        ray = next(job for job in config["scrape_configs"] if job["job_name"] == "ray")
+        for source in ("dns_sd_configs", "file_sd_configs"):
+            ray.pop(source, None)
+    assert here == there
+
+
+@pytest.mark.parametrize("name", ["prometheus.yml", "compose.yml"])
+def test_promtool_takes_the_configuration_and_its_rules(name: str) -> None:
+    passes(tool("promtool"), "check", "config", str(PROMETHEUS.with_name(name)))
+
+
+# ------------------------------------------------------------------------------------------------------ entrypoints
+
+
+@pytest.mark.parametrize("where", entrypoints())
+def test_every_entrypoint_is_one_that_the_command_takes(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[RunConfig] = []
+    monkeypatch.setattr(session, "train_command", lambda config, **_: trained.append(config) or {})
+    words = entrypoints()[where]
+    assert words[0] == "metafleet" and main(words[1:]) == 0
+    (config,) = trained
+    execution = config.execution
+    assert (execution.run_dir, execution.workers) == ("/shared/run", None)
+    assert execution.address == ("local" if where == "Dockerfile" else "auto")
+    on_gpus = where in ("compose.yaml on GPUs", "kuberay/overlays/gpu")
+    assert (config.device, execution.gpus_per_worker) == (("auto", 1) if on_gpus else ("cpu", 0))
+    if where != "Dockerfile":
+        assert (execution.metrics_host, execution.metrics_port) == ("0.0.0.0", 9464)
 
 
 def test_overlays_are_those_that_are_tested() -> None:

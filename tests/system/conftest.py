@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from cluster.episodes.ingest_images import ingest_images
 from cluster.episodes.ingest_omniglot import ingest_omniglot
 from coordinator.cli import main
 from tests.system.driving import Command, Driver, Finished
+
+# Started in the background of a script, tests would ignore Ctrl-C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OMNIGLOT = Path(__file__).parents[3] / "shared" / "data" / "omniglot" / "images_background.zip"
 

@@ -25,7 +25,7 @@ from tests.system.driving import Command, Finished, entries_of, wait_for
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 BIN = Path(sys.executable).parent
-SHORT = ("--steps=2", "--evaluation.every=0", "--evaluation.episodes=4", "--workers=1")
+SHORT = ("--steps=2", "--evaluation.every=0", "--evaluation.episodes=4")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ def deployed(environment: dict[str, str]) -> Iterator[Deployed]:
         return [*words, *(f"--{name.replace('_', '-')}={value}" for name, value in more.items())]
 
     with Command(folder, {**environment, **token, "PATH": path}) as command:
-        small = {"object_store_memory": 200_000_000}
         first = ray(services["head"]["command"], temp_dir=folder, dashboard_port=dashboard,
-                    ray_client_server_port=free_port(), **small)  # fmt: skip
+                    ray_client_server_port=free_port())  # fmt: skip
         node = command.start(*first, script=BIN / "ray")
         node.until(lambda: "Ray runtime started" in node.out + node.err, "a head")
 
@@ -73,7 +72,7 @@ def deployed(environment: dict[str, str]) -> Iterator[Deployed]:
             return command.start(*probe[2:], "--address", f"127.0.0.1:{head}", script=BIN / probe[1]).finish().code == 0
 
         wait_for(healthy, "a healthy head")
-        worker = command.start(*ray(services["worker"]["command"], num_cpus=2, **small), script=BIN / "ray")
+        worker = command.start(*ray(services["worker"]["command"]), script=BIN / "ray")
         worker.until(lambda: "Ray runtime started" in worker.out + worker.err, "a worker")
         yield Deployed(command, f"http://127.0.0.1:{dashboard}", folder / "shared")
     shutil.rmtree(folder, ignore_errors=True)
@@ -91,6 +90,7 @@ def test_compose_trains_on_its_cluster_with_tokens(deployed: Deployed) -> None:
     done = deployed.submit(json.loads(flag.partition("=")[2]), ready(entrypoints()["compose.yaml"], run))
     assert done.code == 0, done.out + done.err
     assert len(entries_of(run)) == 2
+    assert f"with {compose()['services']['worker']['cpus']} workers" in done.out
     assert not list(deployed.shared.glob("*.json"))  # announced, and taken back at the end
 
 
