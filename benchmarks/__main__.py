@@ -16,7 +16,17 @@ from rich.console import Console
 from benchmarks.machine import THREADS, describe
 from benchmarks.report import Floor, Result, floors_table
 
-SUBJECTS = ("inner_loop", "scaling", "coordinator_share", "straggler", "sampler", "store", "monitoring", "memory_use")
+SUBJECTS = (
+    "inner_loop",
+    "scaling",
+    "coordinator_share",
+    "straggler",
+    "sampler",
+    "store",
+    "monitoring",
+    "authentication",
+    "memory_use",
+)
 """Modules with a ``measure(quick) -> Result``, in the order in which they run."""
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
