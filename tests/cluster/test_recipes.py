@@ -56,13 +56,14 @@ def test_first_line_is_the_description(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_recipe_is_what_its_name_says(name: str) -> None:
-    config, (source, algorithm, *way) = config_of(name), name.split("-")
+    config, (source, algorithm, *shape) = config_of(name), name.split("-")
     assert config.data.type == {"omniglot": "store", "images": "store"}.get(source, source)
     assert config.learner.type == {"fomaml": "maml"}.get(algorithm, algorithm)
     if isinstance(config.learner, MAML):
         assert config.learner.first_order == (algorithm == "fomaml")
     if not isinstance(config.data, SinusoidData):
-        assert config.evaluation_shape.way == (20 if way == ["20way"] else 5)
+        assert config.evaluation_shape.way == (20 if shape in (["20way"], ["within"]) else 5)
+        assert (config.evaluation_shape.within is not None) == (shape == ["within"])
         assert config.evaluation_shape.shot == 1
 
 
