@@ -109,6 +109,8 @@ class IMAML(LearnerSection):
     """λ of the inner problem's term λ/2 ‖φ − θ‖²: larger ones hold the task's parameters closer to the shared ones."""
     cg_steps: int = Field(default=5, ge=1)
     """Conjugate-gradient iterations for the meta-gradient, each a product of the Hessian with a vector."""
+    cg_damping: float = Field(default=0.0, ge=0)
+    """Added to λ in the linear system alone, against negative curvature; the authors' code has 1."""
 
 
 class Reptile(LearnerSection):

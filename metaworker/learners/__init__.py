@@ -88,7 +88,8 @@ def build_learner(
         case learners.MAMLpp() as c:
             return MAMLpp(network, c.inner_lr, c.inner_steps, c.eval_steps, c.anneal_versions, c.first_order_versions)
         case learners.IMAML() as c:
-            return IMAML(network, c.inner_lr, c.inner_steps, c.eval_steps, c.proximal_strength, c.cg_steps)
+            inner = c.inner_lr, c.inner_steps, c.eval_steps, c.proximal_strength
+            return IMAML(network, *inner, c.cg_steps, c.cg_damping)
         case learners.LSTMOptimizer() as c:
             rule = (CellRule if c.form == "cell" else HiddenRule)(c.hidden, c.initial_step)
             return LSTMOptimizer(network, rule, c.inner_steps, c.eval_steps, c.first_order)

@@ -5,7 +5,11 @@
 φ* is approached by a fixed number of gradient steps from θ, the inverse by a fixed number of conjugate-gradient
 iterations, each one product of H with a vector. Nothing is differentiated through the inner steps: memory does not
 depend on their number. The gradient is a ``surrogate``: it is that of the query loss where the inner problem and the
-linear system are both solved, and as biased as they are not. Departs from the authors' code: no damping of H.
+linear system are both solved, and as biased as they are not.
+
+H has negative eigenvalues away from a minimum, where conjugate gradients go astray. As in the authors' code (not in the
+paper) a ``damping`` δ makes the system I + H/(λ + δ), whose eigenvalues are near 1: the more of it, the nearer the
+gradient is to ∇L_query(φ*) itself, first-order MAML's after as many steps.
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ class IMAML(GradientBased):
     strength: float
     """λ."""
     cg_steps: int
+    damping: float = 0.0
+    """δ."""
 
     @property
     def kind(self) -> GradientKind:
@@ -97,7 +103,7 @@ class IMAML(GradientBased):
         return dict(zip(leaves, found, strict=True)), Scores(loss.detach(), metric.detach(), observed)
 
     def _system(self, phi: Tensors, episodes: Episodes) -> Map:
-        """The map v ↦ v + H v / λ of each task. The graph of ∇L_support(φ*) is kept for every product."""
+        """The map v ↦ v + H v / (λ + δ) of each task. The graph of ∇L_support(φ*) is kept for every product."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in phi.items()}
 
         def loss(parameters: Tensors, x: Tensor, y: Tensor) -> Float[Tensor, ""]:
@@ -111,9 +117,8 @@ class IMAML(GradientBased):
             products = torch.autograd.grad(
                 gradient, list(leaves.values()), list(vectors.values()), retain_graph=True, materialize_grads=True
             )
-            return {
-                name: vectors[name] + product / self.strength for name, product in zip(leaves, products, strict=True)
-            }
+            curbed = self.strength + self.damping
+            return {name: vectors[name] + product / curbed for name, product in zip(leaves, products, strict=True)}
 
         return system
 

@@ -65,9 +65,9 @@ def plain_descent(
 
 
 def dense_implicit_gradient(
-    net: Any, theta: Tensors, episodes: Episodes, e: int, steps: int, lr: float, mode: str
+    net: Any, theta: Tensors, episodes: Episodes, e: int, steps: int, lr: float, mode: str, damping: float = 0.0
 ) -> tuple[Tensors, Tensor]:
-    """(I + H/λ)⁻¹ ∇L_query at the inner solution, with the whole Hessian of a task, and the query loss."""
+    """(I + H/(λ + δ))⁻¹ ∇L_query at the inner solution, with the whole Hessian of a task, and the query loss."""
     score = F.mse_loss if episodes.way == 1 else F.cross_entropy
     x, y, query_x, query_y = (
         t[e] for t in (episodes.support_x, episodes.support_y, episodes.query_x, episodes.query_y)
@@ -86,7 +86,7 @@ def dense_implicit_gradient(
     at = layout.flatten(phi)
     hessian = torch.autograd.functional.hessian(support_loss, at)
     (target,) = torch.autograd.grad(query_loss(leaf := at.clone().requires_grad_()), leaf)
-    system = torch.eye(layout.size, dtype=torch.float64) + hessian / STRENGTH
+    system = torch.eye(layout.size, dtype=torch.float64) + hessian / (STRENGTH + damping)
     return layout.unflatten(torch.linalg.solve(system, target)), query_loss(at)
 
 
@@ -106,10 +106,11 @@ def test_solved_to_the_end_it_is_the_implicit_gradient(
         close(result.loss, torch.stack([loss for _, loss in found]))
 
 
-def test_implicit_gradient_of_regression(waves: Draw, plain_net: Any, perturbed: Perturbed) -> None:
-    learner, net = learner_of(MLP, way=1, inner_lr=0.01, cg_steps=40), plain_net(MLP)
+@pytest.mark.parametrize("damping", [0.0, 1.5])
+def test_implicit_gradient_of_regression(damping: float, waves: Draw, plain_net: Any, perturbed: Perturbed) -> None:
+    learner, net = learner_of(MLP, way=1, inner_lr=0.01, cg_steps=40, cg_damping=damping), plain_net(MLP)
     (theta, _), episodes = perturbed(learner), waves(3)
-    found = [dense_implicit_gradient(net, theta, episodes, e, 4, 0.01, "transductive") for e in range(3)]
+    found = [dense_implicit_gradient(net, theta, episodes, e, 4, 0.01, "transductive", damping) for e in range(3)]
     result = learner.contribute(theta, {}, episodes, Context(0, 3))
     close(dict(result.gradient), {name: sum(gradient[name] for gradient, _ in found) for name in theta}, 1e-6)
     close(result.loss, torch.stack([loss for _, loss in found]))
