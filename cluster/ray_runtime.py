@@ -97,7 +97,8 @@ def ray_cluster(address: str, cpus: int | None = None) -> Iterator[ClusterResour
         if address == "auto":
             address = os.environ.get("RAY_ADDRESS") or address
         if re.fullmatch(r".+:\d+", address):
-            _refuse_absent(address, ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+            node = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            _refuse_foreign(address, _refuse_absent(address, node))
         own: dict[str, Any] = {
             "num_cpus": cpus or usable_cpus(),
             "include_dashboard": False,
@@ -232,12 +233,15 @@ def _quota() -> int | None:
     return None
 
 
-def _refuse_absent(address: str, node: str) -> None:
+def _refuse_absent(address: str, node: str) -> str:
     """Refuse an address where nothing listens; Ray itself would go on trying for a quarter of an hour.
 
     Args:
         address: HOST:PORT.
         node: this machine's address, into which Ray turns localhost.
+
+    Returns:
+        HOST:PORT where something does.
 
     Raises:
         ClusterError: no connection.
@@ -248,10 +252,30 @@ def _refuse_absent(address: str, node: str) -> None:
     for candidate in (host, node) if host in ("127.0.0.1", "localhost", "::1") else (host,):
         try:
             socket.create_connection((candidate, int(port)), timeout=CONNECT_SECONDS).close()
-            return
+            return f"[{candidate}]:{port}" if ":" in candidate else f"{candidate}:{port}"
         except OSError as error:
             reasons.append(error)
     raise ClusterError(_why_not(address, reasons[0]))
+
+
+def _refuse_foreign(address: str, reachable: str) -> None:
+    """Refuse what is no head of a Ray cluster, or one that wants another token: Ray would ask it for 40 seconds.
+
+    Args:
+        address: as the user gave it.
+        reachable: HOST:PORT.
+
+    Raises:
+        ClusterError: it is one.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError, RpcError
+
+    try:
+        with _held_stderr((AuthenticationError, RpcError)):
+            GcsClient(address=reachable)
+    except (AuthenticationError, RpcError) as error:
+        raise ClusterError(_why_not(address, error)) from error
 
 
 def _refuse_private(nodes: Iterable[Mapping[str, Any]]) -> None:
