@@ -146,6 +146,16 @@ def test_what_is_not_applied_counts_for_the_worker_but_not_for_the_run() -> None
     assert value(metrics, "shard_latency_seconds_count") == 1
 
 
+def test_a_scrape_is_answered_as_text_also_where_openmetrics_is_preferred(
+    metrics_and_address: tuple[Metrics, str],
+) -> None:
+    accept = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"}
+    request = urllib.request.Request(f"http://{metrics_and_address[1]}/metrics", headers=accept)
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert b"# EOF" not in reply.read()
+
+
 def test_labels_are_bounded() -> None:
     metrics = Metrics(INFO)
     for slot in (0, 127, 128, 129, 9999):
