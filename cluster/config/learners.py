@@ -110,7 +110,7 @@ class IMAML(LearnerSection):
     cg_steps: int = Field(default=5, ge=1)
     """Conjugate-gradient iterations for the meta-gradient, each a product of the Hessian with a vector."""
     cg_damping: float = Field(default=0.0, ge=0)
-    """Added to λ in the linear system alone, against negative curvature; the authors' code has 1."""
+    """Added to λ in the linear system alone, against negative curvature; the paper has none."""
 
 
 class Reptile(LearnerSection):

@@ -7,9 +7,9 @@ iterations, each one product of H with a vector. Nothing is differentiated throu
 depend on their number. The gradient is a ``surrogate``: it is that of the query loss where the inner problem and the
 linear system are both solved, and as biased as they are not.
 
-H has negative eigenvalues away from a minimum, where conjugate gradients go astray. As in the authors' code (not in the
-paper) a ``damping`` δ makes the system I + H/(λ + δ), whose eigenvalues are near 1: the more of it, the nearer the
-gradient is to ∇L_query(φ*) itself, first-order MAML's after as many steps.
+Away from a minimum H may have negative eigenvalues, for which conjugate gradients are not made. A ``damping`` δ, which
+implementations have and the paper has not, makes the system I + H/(λ + δ), whose eigenvalues are nearer to 1: the more
+of it, the nearer the gradient is to ∇L_query(φ*) itself, first-order MAML's after as many steps.
 """
 
 from __future__ import annotations
