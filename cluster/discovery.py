@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from cluster.errors import ConfigError
 
 @contextmanager
 def announced(
-    folder: Path, host: str, port: int, labels: Mapping[str, str], failed: Callable[[], bool] = lambda: False
+    folder: Path, host: str, port: int, run: Path, failed: Callable[[], bool] = lambda: False
 ) -> Iterator[Path]:
     """Announce ``host:port`` in ``folder``, and take it back at the end; gives the file.
 
@@ -23,8 +23,8 @@ def announced(
         folder: is made if it is missing; Prometheus reads ``folder/*.json``.
         host: as bound; where that is every address, this machine's name is announced.
         port: as bound.
-        labels: for every sample of the run; ``run`` names the file, so that a run which is resumed takes over what a
-            killed driver has left.
+        run: the run directory, a whole path. Its name is every sample's label ``run``; the path tells the files of runs
+            apart, so that one that is resumed takes over what a killed driver has left, and no other run does.
         failed: whether an error that ends the block is one to be told of. Then the announcement stays, and Prometheus
             finds that nobody answers.
 
@@ -33,8 +33,9 @@ def announced(
     """
     reachable = socket.getfqdn() if host in ("0.0.0.0", "::", "") else host
     target = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
-    path = folder / f"metafleet-{socket.gethostname()}-{labels.get('run', os.getpid())}.json"
-    text = json.dumps([{"targets": [target], "labels": dict(labels)}], indent=1) + "\n"
+    own = hashlib.sha256(str(run).encode()).hexdigest()[:8]
+    path = folder / f"metafleet-{socket.gethostname()}-{run.name}-{own}.json"
+    text = json.dumps([{"targets": [target], "labels": {"run": run.name}}], indent=1) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text.encode()))

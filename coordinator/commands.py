@@ -59,7 +59,7 @@ def train(recipe: str | None, overrides: Sequence[Override], resume: Path | None
     else:
         config = _resumed(resume, recipe, overrides)
     _check_store(config)
-    config = _whole_path(config)
+    config = _whole_paths(config)
 
     from coordinator.session import train_command
 
@@ -295,12 +295,11 @@ def _check_run(run: Path) -> None:
         raise RunDirectoryError(f"{run} is no run: it {what}; give the directory that `metafleet train` made")
 
 
-def _whole_path(config: RunConfig) -> RunConfig:
-    """The configuration with the store's whole path: workers and later commands have other working directories."""
-    if config.execution.store is None:
-        return config
-    store = str(Path(config.execution.store).absolute())
-    return config.model_copy(update={"execution": config.execution.model_copy(update={"store": store})})
+def _whole_paths(config: RunConfig) -> RunConfig:
+    """The configuration with whole paths: workers and later commands have other working directories."""
+    given = {name: getattr(config.execution, name) for name in ("store", "metrics_discovery")}
+    whole = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
+    return config.model_copy(update={"execution": config.execution.model_copy(update=whole)})
 
 
 def _check_store(config: RunConfig) -> None:

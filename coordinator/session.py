@@ -170,6 +170,7 @@ def _run_path(config: RunConfig) -> Path:
 
 def _metrics(config: RunConfig, path: Path, stack: ExitStack, view: View) -> tuple[Metrics, str | None]:
     """The metrics of the run in ``path``, and where they are served and announced while ``stack`` lives."""
+    path = path.resolve()  # `--resume .` has no name
     info = RunInfo(
         path.name, config.name, config.learner.type, config.aggregator.type, config.seed, config.result_digest()
     )
@@ -181,8 +182,8 @@ def _metrics(config: RunConfig, path: Path, stack: ExitStack, view: View) -> tup
     if not (host.startswith("127.") or host == "::1"):
         view.message(f"metrics are served on {host}: whoever reaches this machine can read them")
     if config.execution.metrics_discovery is not None:
-        folder, labels = Path(config.execution.metrics_discovery), {"run": path.name}
-        stack.enter_context(announced(folder, host, port, labels, lambda: metrics.unfinished))
+        folder = Path(config.execution.metrics_discovery)
+        stack.enter_context(announced(folder, host, port, path, lambda: metrics.unfinished))
     return metrics, f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
 

@@ -334,22 +334,25 @@ def test_the_document_is_that_of_the_catalogue_and_the_catalogue_what_is_served(
 
 
 def test_a_run_is_announced_while_it_lives(tmp_path: Path) -> None:
-    with announced(tmp_path / "sd", "127.0.0.1", 9400, {"run": "first-try"}) as path:
+    run = Path("/runs/first-try")
+    with announced(tmp_path / "sd", "127.0.0.1", 9400, run) as path:
         assert json.loads(path.read_text()) == [{"targets": ["127.0.0.1:9400"], "labels": {"run": "first-try"}}]
-        with announced(tmp_path / "sd", "0.0.0.0", 9401, {}) as other:
+        with announced(tmp_path / "sd", "0.0.0.0", 9401, Path("/others/first-try")) as other:  # of the same name
             assert json.loads(other.read_text())[0]["targets"] == [f"{socket.getfqdn()}:9401"]
         assert list((tmp_path / "sd").iterdir()) == [path]
+        with announced(tmp_path / "sd", "127.0.0.1", 9402, run) as resumed:
+            assert resumed == path
     assert not path.exists()
     for failed in (False, True):
         with (
             suppress(ZeroDivisionError),
-            announced(tmp_path / "sd", "h", 1, {"run": "x"}, lambda failed=failed: failed),
+            announced(tmp_path / "sd", "h", 1, run, lambda failed=failed: failed),
         ):
             raise ZeroDivisionError
         assert bool(list((tmp_path / "sd").iterdir())) == failed
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="give a folder that this user may write to"),
-        announced(tmp_path / "file", "h", 1, {}),
+        announced(tmp_path / "file", "h", 1, run),
     ):
         pass

@@ -160,6 +160,18 @@ def test_fields_as_options(
     assert trained == [(resolve(load_recipe("glyphs-maml"), overrides), None)]
 
 
+def test_a_later_resume_elsewhere_finds_the_paths(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("store.arrow").touch()
+    argv = ("--store", "store.arrow", "--execution.metrics_discovery", "targets")
+    assert main(["train", "omniglot-maml", *argv]) == 0
+    [(config, _)] = trained
+    assert config.execution.store == str(tmp_path / "store.arrow")
+    assert config.execution.metrics_discovery == str(tmp_path / "targets")
+
+
 def test_overrides_come_before_what_click_parses() -> None:
     options = ["--resume", "--json", "-h"]
     assert take_overrides(["a", "--x.y", "-1", "--json", "--", "--z"], options) == [

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.deploy.manifests import dashboard_module
 
@@ -78,5 +79,21 @@ def test_every_alert_has_its_paragraph_in_the_runbook() -> None:
     assert anchors == [name.lower() for name in alerts]
     headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.MULTILINE)
     assert headings == alerts
-    tested = (PROMETHEUS / "rules" / "metafleet_test.yml").read_text()
+    tested = RULES.with_name("metafleet_test.yml").read_text()
     assert all(f"alertname: {name}" in tested for name in alerts)
+
+
+def test_the_panels_that_the_documents_name_are_there(dashboard: ModuleType) -> None:
+    titles = {panel.title for panels in dashboard.ROWS.values() for panel in panels}
+    for name in ("runbook.md", "deploy.md"):
+        named = set(re.findall(r'"([A-Z][^"\n]*)"', (ROOT / "docs" / name).read_text().replace("\n", " ")))
+        assert named and named <= titles
+
+
+def test_the_document_makes_a_rule_for_the_operator_of_the_same_alerts() -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    (lines,) = re.findall(r"^    (\(printf 'apiVersion.*?\)) \| kubectl apply -f -$", text, re.MULTILINE | re.DOTALL)
+    made = yaml.safe_load(subprocess.run(["sh", "-c", lines], cwd=ROOT, capture_output=True, check=True).stdout)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    assert made["metadata"]["namespace"] == "metafleet"
+    assert made["spec"] == yaml.safe_load(RULES.read_text())

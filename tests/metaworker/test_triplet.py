@@ -24,7 +24,7 @@ FEW, MANY = 2, 5
 LEARNERS = [
     learners.Triplet(margin=0.3, mining="hard"),
     learners.Triplet(margin=0.3, mining="all"),
-    learners.Triplet(margin=0.3, mining="hard", normalise=False),
+    learners.Triplet(margin=0.3, mining="hard", normalise=True),
 ]
 each_learner = pytest.mark.parametrize("section", LEARNERS, ids=lambda s: f"{s.mining}-{s.normalise}")
 
