@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -188,10 +189,11 @@ def _statistics(result: ShardResult, device: torch.device, sample: float, adapt:
 
 
 def _gpu_utilisation(device: torch.device) -> float | None:
-    """Share of the last second or so in which the GPU was busy; ``None`` without one, or without NVIDIA's library."""
-    if device.type != "cuda":
-        return None
-    try:
-        return torch.cuda.utilization(device) / 100
-    except (ModuleNotFoundError, RuntimeError):
-        return None
+    """Share of the last second or so in which the GPU was busy; ``None`` without one, or if its driver does not say."""
+    if device.type == "cuda":
+        with suppress(ImportError, RuntimeError):
+            from pynvml import NVMLError
+
+            with suppress(NVMLError):  # which is no RuntimeError: slices of a GPU (MIG) are not supported, for instance
+                return torch.cuda.utilization(device) / 100
+    return None

@@ -9,7 +9,12 @@ linear system are both solved, and as biased as they are not.
 
 Away from a minimum H may have negative eigenvalues, for which conjugate gradients are not made. A ``damping`` δ, which
 implementations have and the paper has not, makes the system I + H/(λ + δ), whose eigenvalues are nearer to 1: the more
-of it, the nearer the gradient is to ∇L_query(φ*) itself, first-order MAML's after as many steps.
+of it, the nearer the gradient is to ∇L_query(φ*) itself, first-order MAML's after as many steps. So it is, too, where a
+few steps fit the support set and the penalty has not pulled φ back yet: H is next to nothing there.
+
+The authors' code is not the paper's method to the letter: its inner steps (16 of 0.1) are without the penalty, one step
+of the penalty alone follows, its system is 2 I + H/(λ + 10), and it evaluates with λ = 0, after 20,000 meta-steps or
+more.
 """
 
 from __future__ import annotations

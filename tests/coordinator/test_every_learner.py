@@ -15,10 +15,12 @@ import pytest
 from cluster.config import learners
 from cluster.config.loading import load_recipe, resolve, shipped_recipes
 from cluster.config.run import RunConfig
-from cluster.config.sections import ConstantSchedule, Execution, SyncAggregator
+from cluster.config.sections import AsyncAggregator, ConstantSchedule, Execution, SyncAggregator
 from cluster.episodes import open_source
 from cluster.messages import EvaluationTask, ShardTask
+from coordinator.commit_log import read_log
 from coordinator.meta_state import MetaState
+from coordinator.run_dir import RunDirectory
 from metaworker.scores import combine
 from metaworker.shard_worker import ShardWorker
 from tests.coordinator.harness import Killed, drive, replayed
@@ -91,6 +93,19 @@ def test_a_killed_run_resumes_to_the_same_bits_and_replays(recipe: str, tmp_path
     with pytest.raises(Killed):
         drive(config, tmp_path / "run", kill_at=replies - 1)
     assert drive(config, tmp_path / "run", resume=True).digest == whole.digest
+
+
+@every_recipe
+def test_a_killed_asynchronous_run_goes_on_and_replays_to_its_own_bits(recipe: str, tmp_path: Path) -> None:
+    """Whatever learner state there is, stale contributions and replay take that of the version they are based on."""
+    config = brief(recipe).model_copy(update={"aggregator": AsyncAggregator(staleness_bound=2)})
+    with pytest.raises(Killed):
+        drive(config, tmp_path / "run", kill_at=VERSIONS - 1)
+    resumed = drive(config, tmp_path / "run", resume=True)
+    used = [part for entry in read_log(RunDirectory.open(tmp_path / "run")) for part in entry.counted]
+    assert len({part.shard for part in used}) == len(used) == VERSIONS
+    assert any(part.weight < 1 for part in used), "none was stale"
+    assert replayed(config, tmp_path / "run").state.digest == resumed.digest
 
 
 @every_recipe

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pynvml import NVML_ERROR_NOT_SUPPORTED, NVMLError
 from torch.testing import assert_close
 
 from cluster.config import learners, sections
@@ -22,7 +23,7 @@ from cluster.flat import FlatSpec
 from cluster.messages import EvaluationTask, Published, ShardTask, SplitName
 from metaworker.learners import build_learner
 from metaworker.learners.base import Context
-from metaworker.shard_worker import ShardWorker
+from metaworker.shard_worker import ShardWorker, _gpu_utilisation
 
 # Of a tensor over memory that is not writable torch only warns, and that once a process.
 pytestmark = pytest.mark.filterwarnings("error:The given NumPy array is not writable")
@@ -402,3 +403,13 @@ def test_sources_of_the_tests_are_sources() -> None:
     assert isinstance(PictureSource(), EpisodeSource)
     once, cut = PictureSource().sample("val", 0, 5, 3, 1, 2), PictureSource().sample("val", 3, 2, 3, 1, 2)
     assert_close(once.query_x[3:], cut.query_x)
+
+
+def test_a_gpu_is_as_busy_as_its_driver_says_if_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(device: torch.device) -> int:
+        raise NVMLError(NVML_ERROR_NOT_SUPPORTED)
+
+    for says, busy in ((lambda device: 40, 0.4), (refuses, None)):
+        monkeypatch.setattr(torch.cuda, "utilization", says)
+        assert _gpu_utilisation(torch.device("cuda")) == busy
+    assert _gpu_utilisation(torch.device("cpu")) is None

@@ -128,8 +128,12 @@ def test_no_cluster_where_the_environment_says(command: Command) -> None:
 
 
 def test_another_runs_own_cluster_is_closed_to_others_and_keeps_its_token(command: Command) -> None:
-    other = command.start("train", "sinusoid-maml", "--run-dir", "other", "--workers", 1, "--evaluation.every", 0)
+    home = command.folder / "home"
+    home.mkdir()
+    argv = ("train", "sinusoid-maml", "--run-dir", "other", "--workers", 1, "--evaluation.every", 0)
+    other = command.start(*argv, HOME=str(home))
     other.until_version(command.folder / "other", 1)
+    assert not (home / ".ray").exists()  # where Ray would write a token
     token = token_of(other.family())
     assert leaks(token, command.folder, other.ray_folder()) == []  # its output and the run directory are in the first
     assert token not in urllib.request.urlopen(metrics_address(other), timeout=20).read().decode()

@@ -109,7 +109,6 @@ def test_a_stopped_job_checkpoints_and_goes_on_when_it_is_submitted_again(
 
 
 def test_a_job_whose_driver_dies_leaves_no_workers(jobs: JobServer, digest: str, tmp_path: Path) -> None:
-
     run = tmp_path / "run"
     argv = (*SINUSOID, "--run-dir", run, "--resume", "auto", "--address", "auto", "--workers", 2)
     job = jobs.submit(*argv)
