@@ -139,6 +139,10 @@ class Metrics:
         ):
             self._of[name].set(value)
 
+    def validating(self, validations: int) -> None:
+        """So many validations are under way now."""
+        self._of["open_validations"].set(validations)
+
     def validation(self, steps: Sequence[float]) -> None:
         """A validation gave these accuracies (fractions) or mean squared errors, before and after each inner step."""
         for step in shown_steps(len(steps)):

@@ -111,6 +111,7 @@ SECTIONS: Final[dict[str, tuple[Metric, ...]]] = {
             ("phase",),
         ),
         Metric("in_flight_shards", "gauge", "Shards with workers now."),
+        Metric("open_validations", "gauge", "Validations under way; they go before shards."),
         Metric("staleness_versions", "histogram", "Staleness of applied contributions.", buckets=STALENESS_BUCKETS),
     ),
     "Is it healthy": (

@@ -261,6 +261,7 @@ class Trainer:
         request = EvaluationRequest.of(self._r.config, "val", self._r.config.evaluation.val_episodes)
         self._validations[version] = (EvaluationCollector(request), checkpoint)
         self._orders.extend((order, handle) for order in request.orders(version))
+        self._r.metrics.validating(len(self._validations))
 
     def _validated(self, part: EvaluationPart) -> None:
         version = part.version
@@ -269,6 +270,7 @@ class Trainer:
         if scores is None:
             return
         del self._validations[version]
+        self._r.metrics.validating(len(self._validations))
         self._last_validation = ValidationRecord(version, tuple(scores.steps), tuple(scores.ci95))
         self._r.recorder.validation(self._last_validation, checkpoint)
         self._r.metrics.validation(scores.steps)

@@ -427,6 +427,7 @@ class Driven:
     """The version it went on from."""
     view: RecordingView
     submitted: Sequence[Order]
+    metrics: Metrics
 
     @property
     def digest(self) -> str:
@@ -482,7 +483,7 @@ def drive(
         trainer = Trainer(resources, start)
         trainer.run()
         recorder.close()
-    return Driven(trainer, start.state.version, view, pool.submitted)
+    return Driven(trainer, start.state.version, view, pool.submitted, metrics)
 
 
 def new_run(path: Path) -> RunDirectory:

@@ -489,6 +489,13 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path: Path, how: s
     assert best is not None and checkpoints.version_of(best)[0] == min(scores, key=scores.__getitem__)
 
 
+def test_metrics_tell_how_many_validations_are_under_way(tmp_path: Path) -> None:
+    config = tiny(evaluation=Evaluation(every=2, val_episodes=12))
+    stopped, whole = drive(config, tmp_path / "stopped", stop_at=7), drive(config, tmp_path / "whole")
+    counts = [each.metrics.registry.get_sample_value("metafleet_open_validations") for each in (stopped, whole)]
+    assert counts == [1, 0]
+
+
 def test_versions_that_have_a_checkpoint_and_no_validation_are_validated_at_a_resume(tmp_path: Path) -> None:
     config, path = tiny(), tmp_path / "run"
     drive(config, path, stop_at=14)
