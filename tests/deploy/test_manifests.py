@@ -198,20 +198,24 @@ WRITES = "time.sleep(0.3); pathlib.Path('written').touch()"
 READY = "timeout 30 sh -c 'until [ -e ready ]; do sleep 0.05; done'; rm ready"
 
 
-def test_the_head_waits_until_the_driver_has_written_its_checkpoint(tmp_path: Path) -> None:
-    driver = program(tmp_path / "bin/metafleet", WRITES)
-    stop = pods(base()["RayJob"])["head"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    passes_alone(tmp_path, f"{driver} train glyphs-maml &", READY, shlex.join(stop), "[ -e written ]")
-
-
-@pytest.mark.parametrize(
-    "run", ["bin/metafleet train glyphs-maml", f"{sys.executable} -m coordinator.job 3.11 train x.toml",
+@pytest.fixture(
+    params=["bin/metafleet train glyphs-maml", f"{sys.executable} -m coordinator.job 3.11 train x.toml",
             f"{sys.executable} -m coordinator train glyphs-maml"],
 )  # fmt: skip
-def test_a_stopped_head_of_compose_has_its_runs_write_their_checkpoints_first(tmp_path: Path, run: str) -> None:
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The command line of a run: of the recipe's job, by `metafleet submit`, by `ray job submit`."""
     for name in ("bin/metafleet", "coordinator/__main__.py", "coordinator/job.py"):
         program(tmp_path / name, WRITES)
     (tmp_path / "coordinator/__init__.py").touch()
+    return str(request.param)
+
+
+def test_the_head_waits_until_its_runs_have_written_their_checkpoints(tmp_path: Path, run: str) -> None:
+    stop = pods(base()["RayJob"])["head"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    passes_alone(tmp_path, f"{run} &", READY, shlex.join(stop), "[ -e written ]")
+
+
+def test_a_stopped_head_of_compose_has_its_runs_write_their_checkpoints_first(tmp_path: Path, run: str) -> None:
     ray = program(tmp_path / "ray", "sys.exit(7 if pathlib.Path('written').exists() else 8)")
     service = compose()["services"]["head"]
     assert service["entrypoint"][:2] == json.loads(dict(instructions(DOCKERFILE))["ENTRYPOINT"])
