@@ -182,32 +182,38 @@ def cluster_metrics() -> str:
 @pytest.fixture(scope="session")
 def cluster(environment: dict[str, str], cluster_metrics: str) -> Iterator[str]:
     """The address of a Ray cluster that goes on from test to test."""
+    # Without the mode, a token file that some other Ray has left in the home folder would decide.
+    flags = {
+        "num-gpus": 0,
+        "include-dashboard": "false",
+        "metrics-export-port": cluster_metrics.rpartition(":")[2],
+    }
+    with ray_start(environment, flags, RAY_AUTH_MODE="disabled") as (_, _, address):
+        yield address
+
+
+@contextmanager
+def ray_start(
+    environment: dict[str, str], flags: dict[str, object], **allowed: str
+) -> Iterator[tuple[Driver, Command, str]]:
+    """A head with these flags that ends with the block, commands in its folder, which end with it, and its address."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's socket paths must be short
     port = free_port()
-    flags = {
+    usual = {
         "port": port,
         "num-cpus": CLUSTER_CPUS,
-        "num-gpus": 0,
         "object-store-memory": 200_000_000,
         "temp-dir": folder,
         "ray-client-server-port": free_port(),
         "min-worker-port": 0,
         "max-worker-port": 0,
-        "include-dashboard": "false",
-        "metrics-export-port": cluster_metrics.rpartition(":")[2],
     }
-    argv = [
-        "start",
-        "--head",
-        "--block",
-        "--disable-usage-stats",
-        *(f"--{name}={value}" for name, value in flags.items()),
-    ]
+    argv = (f"--{name}={value}" for name, value in {**usual, **flags}.items())
     with Command(folder, environment) as command:
-        # Without this, a token file that some other Ray has left in the home folder would decide.
-        head = command.start(*argv, script=Path(sys.executable).with_name("ray"), RAY_AUTH_MODE="disabled")
+        ray = Path(sys.executable).with_name("ray")
+        head = command.start("start", "--head", "--block", "--disable-usage-stats", *argv, script=ray, **allowed)
         head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
-        yield f"127.0.0.1:{port}"
+        yield head, command, f"127.0.0.1:{port}"
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -225,26 +231,14 @@ class Head:
 @contextmanager
 def ray_head(environment: dict[str, str], **allowed: str) -> Iterator[Head]:
     """A head that ends with the block; ``allowed`` says who may talk to it."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    port, dashboard = free_port(), free_port()
+    dashboard = free_port()
     flags = {
-        "port": port,
-        "num-cpus": CLUSTER_CPUS,
-        "temp-dir": folder,
         "dashboard-port": dashboard,
         "dashboard-agent-listen-port": free_port(),
-        "ray-client-server-port": free_port(),
-        "object-store-memory": 200_000_000,
         "include-dashboard": "true",
-        "min-worker-port": 0,
-        "max-worker-port": 0,
     }
-    argv = ["start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
-    with Command(folder, environment) as command:
-        head = command.start(*argv, script=Path(sys.executable).with_name("ray"), **allowed)
-        head.until(lambda: "Ray runtime started" in head.out + head.err, "a cluster")
-        yield Head(head, command, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_start(environment, flags, **allowed) as (head, command, address):
+        yield Head(head, command, address, f"http://127.0.0.1:{dashboard}")
 
 
 def free_port() -> int:

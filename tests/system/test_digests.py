@@ -43,6 +43,25 @@ def test_four_workers_on_a_joined_cluster(
         wait_for(lambda: ray.available_resources()["CPU"] == CLUSTER_CPUS, "all CPUs to be free", 30)
 
 
+@pytest.mark.parametrize(
+    "learner", [("glyphs-episodic", "--learner.capacity", 12), ("glyphs-memory", "--learner.carry", "true")]
+)
+def test_state_that_outlives_tasks_is_that_of_one_worker(
+    command: Command, cluster: str, learner: tuple[object, ...]
+) -> None:
+    small = ("--model.channels", 12, "--steps", 10, "--evaluation.every", 0, "--evaluation.episodes", 20)
+    placed = ("--address", cluster, "--execution.cpus_per_worker", 0.5, "--json")
+    one, two = (
+        command.run(
+            *("train", *learner, *small, *placed, "--run-dir", f"run-{workers}"),
+            *("--workers", workers, "--execution.min_workers", workers),
+        ).report
+        for workers in (1, 2)
+    )
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["digest"] == two["digest"] and one["evaluation"] == two["evaluation"]
+
+
 def test_a_killed_worker(command: Command, pictures: Pictures, undisturbed: Undisturbed) -> None:
     half = usable_cpus() / 2
     argv = ("--workers", 3, "--execution.cpus_per_worker", half, "--run-dir", "run", "--json")
