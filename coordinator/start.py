@@ -177,52 +177,65 @@ def _go_on_async(
         FingerprintError: there is a tail of other hardware, and leaving it out was not allowed.
     """
     at, tail, entries = found.at, found.tail, found.entries
-    state, recent, dropped, progress = start.state, start.recent, start.dropped, start.progress
-    passed: list[Checkpoint] = []
-    if tail and same:
-        # After a clean stop there is none, and nothing to compute.
-        replayer = Replayer(config, learner, state, recent)
-
-        def notice(outcome: Failure | Notice | Joined) -> None:
-            if isinstance(outcome, Joined):
-                check_worker(config, start.identity, outcome.hello)
-                return
-            if isinstance(outcome, Failure):
-                progress.failures[outcome.kind] += 1
-            say(outcome.message)
-
-        for _ in recompute_tail(replayer, tail, crew, notice, say):
-            if _due(config, replayer.state.version):
-                passed.append(replace(at, state=replayer.state, recent=replayer.recent, pending=(), dropped=()))
-        progress.failures["stale"] += sum(len(entry.dropped) for entry in tail) - len(dropped)
-        progress.episodes += replayer.episodes
-        crew.dispatcher.goodput.useful += sum(len(entry.counted) for entry in tail)
-        state, recent, dropped = replayer.state, replayer.recent, ()
+    if tail and same:  # after a clean stop there is none, and nothing to compute
+        start = _replayed(config, learner, found, crew, start, say)
     elif tail:
-        what = f"versions {at.state.version + 1}–{tail[-1].version} of {found.run.path} are in its log alone"
-        if config.execution.pool == "strict" and not config.execution.other_hardware:
-            raise FingerprintError(
-                f"{what} and were computed on other hardware or software than there is here: add "
-                "--execution.other_hardware to leave them out, or to resume it there"
-            )
-        say(f"{what} and cannot be recomputed with these workers: they are left out")
+        _leave_out(config, found, say)
         entries = entries[: at.state.version]
     settled = {counted.shard for entry in entries for counted in entry.counted}
-    settled |= {drop.shard for drops in (*(entry.dropped for entry in entries), dropped) for drop in drops}
+    settled |= {drop.shard for drops in (*(entry.dropped for entry in entries), start.dropped) for drop in drops}
     pending = [(c, finite) for c, finite in at.pending if c.shard not in settled]
     settled |= {c.shard for c, _ in pending}
     next_id = max(at.next_id, 1 + max(settled, default=-1))
     reissue = [shard for shard in range(next_id) if shard not in settled]
-    aggregator = build_aggregator(config.aggregator, state.version, next_id, reissue, pending)
+    aggregator = build_aggregator(config.aggregator, start.state.version, next_id, reissue, pending)
+    return replace(start, aggregator=aggregator, saved=start.saved and not tail)
+
+
+def _replayed(
+    config: RunConfig, learner: Learner, found: Found, crew: Crew, start: Start, say: Callable[[str], None]
+) -> Start:
+    """The start after the log's tail, which the workers recompute."""
+    progress = start.progress
+    replayer = Replayer(config, learner, start.state, start.recent)
+    passed: list[Checkpoint] = []
+
+    def notice(outcome: Failure | Notice | Joined) -> None:
+        if isinstance(outcome, Joined):
+            check_worker(config, start.identity, outcome.hello)
+            return
+        if isinstance(outcome, Failure):
+            progress.failures[outcome.kind] += 1
+        say(outcome.message)
+
+    for _ in recompute_tail(replayer, found.tail, crew, notice, say):
+        if _due(config, replayer.state.version):
+            passed.append(replace(found.at, state=replayer.state, recent=replayer.recent, pending=(), dropped=()))
+    progress.failures["stale"] += sum(len(entry.dropped) for entry in found.tail) - len(start.dropped)
+    progress.episodes += replayer.episodes
+    crew.dispatcher.goodput.useful += sum(len(entry.counted) for entry in found.tail)
     return replace(
         start,
-        state=state,
-        recent=recent,
-        dropped=dropped,
-        aggregator=aggregator,
-        saved=start.saved and not tail,
+        state=replayer.state,
+        recent=replayer.recent,
+        dropped=(),
         unvalidated=_unscored(found.run, [*start.unvalidated, *passed]),
     )
+
+
+def _leave_out(config: RunConfig, found: Found, say: Callable[[str], None]) -> None:
+    """Say that the log's tail is left out.
+
+    Raises:
+        FingerprintError: that was not allowed.
+    """
+    what = f"versions {found.at.state.version + 1}–{found.tail[-1].version} of {found.run.path} are in its log alone"
+    if config.execution.pool == "strict" and not config.execution.other_hardware:
+        raise FingerprintError(
+            f"{what} and were computed on other hardware or software than there is here: add "
+            "--execution.other_hardware to leave them out, or to resume it there"
+        )
+    say(f"{what} and cannot be recomputed with these workers: they are left out")
 
 
 def _due(config: RunConfig, version: int) -> bool:
