@@ -226,6 +226,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             unit="percentunit",
             least=0,
             most=1,
+            thresholds=((None, "green"), (0.2, "orange"), (0.5, "red")),
         ),
         Panel(
             "Where workers' time goes",
@@ -264,6 +265,7 @@ ROWS: Final[dict[str, tuple[Panel, ...]]] = {
             unit="percentunit",
             least=0,
             most=1,
+            thresholds=((None, "red"), (0.3, "orange"), (0.6, "green")),
         ),
         Panel(
             "GPU utilisation",
