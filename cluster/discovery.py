@@ -31,7 +31,7 @@ def announced(
     Raises:
         ConfigError: the folder cannot be written to.
     """
-    reachable = socket.getfqdn() if host in ("0.0.0.0", "::", "") else host
+    reachable = _machine() if host in ("0.0.0.0", "::", "") else host
     target = f"[{reachable}]:{port}" if ":" in reachable else f"{reachable}:{port}"
     own = hashlib.sha256(str(run).encode()).hexdigest()[:8]
     path = folder / f"metafleet-{socket.gethostname()}-{run.name}-{own}.json"
@@ -52,3 +52,9 @@ def announced(
     finally:
         if not stays:
             path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """This machine's name to others; some machines call themselves localhost in full."""
+    name = socket.getfqdn()
+    return socket.gethostname() if name.partition(".")[0] == "localhost" else name

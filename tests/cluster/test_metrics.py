@@ -333,12 +333,24 @@ def test_the_document_is_that_of_the_catalogue_and_the_catalogue_what_is_served(
     assert all(label in LABELS for metric in CATALOGUE if metric.kind != "info" for label in metric.labels)
 
 
+@pytest.mark.parametrize(
+    ("full", "named"), [("gpu7.lab.example", "gpu7.lab.example"), ("localhost.localdomain", "gpu7"), ("gpu7", "gpu7")]
+)
+def test_a_run_on_all_addresses_is_announced_by_a_name_that_others_know(
+    full: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: full)
+    monkeypatch.setattr(socket, "gethostname", lambda: "gpu7")
+    with announced(tmp_path / "sd", "0.0.0.0", 9401, tmp_path / "run") as path:
+        assert json.loads(path.read_text())[0]["targets"] == [f"{named}:9401"]
+
+
 def test_a_run_is_announced_while_it_lives(tmp_path: Path) -> None:
     run = Path("/runs/first-try")
     with announced(tmp_path / "sd", "127.0.0.1", 9400, run) as path:
         assert json.loads(path.read_text()) == [{"targets": ["127.0.0.1:9400"], "labels": {"run": "first-try"}}]
         with announced(tmp_path / "sd", "0.0.0.0", 9401, Path("/others/first-try")) as other:  # of the same name
-            assert json.loads(other.read_text())[0]["targets"] == [f"{socket.getfqdn()}:9401"]
+            assert other != path and json.loads(other.read_text())[0]["targets"][0].endswith(":9401")
         assert list((tmp_path / "sd").iterdir()) == [path]
         with announced(tmp_path / "sd", "127.0.0.1", 9402, run) as resumed:
             assert resumed == path
