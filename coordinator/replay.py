@@ -198,8 +198,8 @@ def check_config(run: RunDirectory, identity: RunIdentity, config: RunConfig) ->
     """
     if config.result_digest() != identity.config_digest:
         raise RunDirectoryError(
-            f"{run.config} was altered, or the run is of a Metafleet with other settings: what decides results is not as "
-            "the run was made; restore the file, use the Metafleet that made the run, or train anew"
+            f"{run.config} was altered, or the run is of a Metafleet with other settings: what decides results is not "
+            "as the run was made; restore the file, use the Metafleet that made the run, or train anew"
         )
 
 
