@@ -481,7 +481,11 @@ def drive(
         metrics = Metrics(RunInfo("run", "tiny", "maml", "", 0, config.result_digest()), regression=True)
         resources = Resources(config, learner, pool, dispatcher, recorder, view, metrics, stop)
         trainer = Trainer(resources, start)
-        trainer.run()
+        try:
+            trainer.run()
+        except Exception:  # a driver that is killed closes nothing
+            recorder.close()
+            raise
         recorder.close()
     return Driven(trainer, start.state.version, view, pool.submitted, metrics)
 
