@@ -209,6 +209,8 @@ def ray_start(
         "max-worker-port": 0,
     }
     argv = (f"--{name}={value}" for name, value in {**usual, **flags}.items())
+    # Ray has fixed ones for these, which another cluster on this machine may have.
+    allowed |= {f"{what}_METRIC_PORT": str(free_port()) for what in ("AUTOSCALER", "DASHBOARD")}
     with Command(folder, environment) as command:
         ray = Path(sys.executable).with_name("ray")
         head = command.start("start", "--head", "--block", "--disable-usage-stats", *argv, script=ray, **allowed)

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,15 @@ def test_a_stopped_job_goes_on_with_shipped_code_and_an_ignored_recipe(
         assert len(list(tmp_path.glob(f"{package}-*"))) >= 2
 
 
+def served(url: str) -> str | None:
+    """What is at an address, if there is anything yet: Ray tells of some of its own before it serves them."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            return str(reply.read().decode())
+    except urllib.error.URLError:
+        return None
+
+
 def test_a_token_is_asked_for_judged_and_never_shown(
     token_cluster: Cluster, digest: str, tmp_path: Path, command: Command
 ) -> None:
@@ -197,7 +207,7 @@ def test_a_token_is_asked_for_judged_and_never_shown(
         rays = json.loads((folder / "prom_metrics_service_discovery.json").read_text())[0]["targets"]
         assert own and rays
         for url in (*own, *(f"http://{address}/metrics" for address in rays)):
-            assert TOKEN not in urllib.request.urlopen(url, timeout=20).read().decode()
+            assert TOKEN not in wait_for(partial(served, url), url)
 
     stopped_and_submitted_again(token_cluster, digest, run, recipe, meanwhile=nowhere)
     assert leaks(TOKEN, run, folder) == []
