@@ -481,11 +481,7 @@ def drive(
         metrics = Metrics(RunInfo("run", "tiny", "maml", "", 0, config.result_digest()), regression=True)
         resources = Resources(config, learner, pool, dispatcher, recorder, view, metrics, stop)
         trainer = Trainer(resources, start)
-        try:
-            trainer.run()
-        except Exception:  # a driver that is killed closes nothing
-            recorder.close()
-            raise
+        trainer.run()
         recorder.close()
     return Driven(trainer, start.state.version, view, pool.submitted, metrics)
 

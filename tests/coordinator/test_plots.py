@@ -23,7 +23,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     monkeypatch.setattr(plots, "_save", lambda figure, path: (drawn.append(figure), save(figure, path))[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Drivers that died in earlier tests closed nothing: that comes up whenever their garbage is collected.
+        # Drivers that ended early in other tests closed nothing: that comes up whenever their garbage is collected.
         warnings.simplefilter("ignore", ResourceWarning)
         yield drawn
 

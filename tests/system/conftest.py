@@ -182,12 +182,12 @@ def cluster_metrics() -> str:
 @pytest.fixture(scope="session")
 def cluster(environment: dict[str, str], cluster_metrics: str) -> Iterator[str]:
     """The address of a Ray cluster that goes on from test to test."""
-    # Without the mode, a token file that some other Ray has left in the home folder would decide.
     flags = {
         "num-gpus": 0,
         "include-dashboard": "false",
         "metrics-export-port": cluster_metrics.rpartition(":")[2],
     }
+    # Without the mode, a token file that some other Ray has left in the home folder would decide.
     with ray_start(environment, flags, RAY_AUTH_MODE="disabled") as (_, _, address):
         yield address
 
