@@ -17,7 +17,7 @@ from coordinator.goodput import Goodput
 from coordinator.pool import Pool
 
 START_FAILURES = 3
-"""Failed starts in a row, over all slots, after which a run stops that has no worker."""
+"""Failed starts in a row of one slot after which a run stops that has no worker: a node's death may take many at once."""
 
 LONGEST_BACKOFF = 60.0
 """Seconds."""
@@ -41,6 +41,8 @@ class _Slot:
     """Nodes on which that one must not be."""
     starts: int = 0
     """Workers that have been ready here."""
+    failed_starts: int = 0
+    """In a row."""
 
 
 @dataclass
@@ -74,7 +76,6 @@ class Roster:
         self._nodes: dict[str, _Node] = defaultdict(_Node)
         self._alive: frozenset[str] = frozenset()
         self._draining: frozenset[str] = frozenset()
-        self._failed_starts = 0
         self._hosts: set[str] = set()
         """Nodes that have had workers: a head may have no room for any."""
         self._first = pool.size
@@ -112,7 +113,8 @@ class Roster:
             self._goodput.recovered(now - place.lost_at)
             place.lost_at = None
         place.started, place.starts = None, place.starts + 1
-        self._failed_starts = 0
+        for each in self._slots.values():
+            each.failed_starts = 0
         self._hosts.add(hello.node_id)
         self._members[slot] = Member(slot, hello, now)
         return self._members[slot]
@@ -139,8 +141,9 @@ class Roster:
         Raises:
             ClusterError: too often, and there is no other worker.
         """
-        self._failed_starts += counts
-        if self._failed_starts >= START_FAILURES and not self._members:
+        place = self._slots[slot]
+        place.failed_starts += counts
+        if place.failed_starts >= START_FAILURES and not self._members:
             raise ClusterError(f"workers fail to start: {message}")
         self._schedule(slot)
 

@@ -505,7 +505,7 @@ def test_nothing_speaks_against_a_new_worker_in_the_first_one_s_slot() -> None:
 # ---------------------------------------------------------------------------------------------- starts, evaluation, end
 
 
-def test_three_failed_starts_in_a_row_end_the_run() -> None:
+def test_three_failed_starts_of_one_worker_in_a_row_end_the_run() -> None:
     pool = FakePool(2)
     dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
     pool.fail_start(0)
@@ -514,9 +514,21 @@ def test_three_failed_starts_in_a_row_end_the_run() -> None:
     assert pool.replaced == [0]
     pool.fail_start(0)
     drain(dispatcher, pool)
-    pool.fail_start(1)
+    pool.fail_start(0)
     with pytest.raises(ClusterError, match="workers fail to start: no such luck"):
         drain(dispatcher, pool)
+
+
+def test_a_node_that_dies_with_all_workers_that_start_there_does_not_end_the_run() -> None:
+    pool = FakePool(8)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
+    for _ in range(2):
+        for slot in range(8):
+            pool.fail_start(slot)
+        assert kinds(drain(dispatcher, pool)) == ["worker_lost"] * 8
+    assert pool.replaced == list(range(8)) * 2
+    pool.ready(5)
+    assert kinds(drain(dispatcher, pool)) == ["Joined"]
 
 
 def test_a_start_that_works_forgives_the_failed_ones_before() -> None:
