@@ -136,17 +136,23 @@ class Pool(Protocol):
 
 
 class InProcessPool:
-    """One worker, computed by this process when asked for the next event: for tests, replay and debugging."""
+    """Workers computed by this process, one at a time, when asked for the next event: for tests and debugging.
 
-    def __init__(self, worker: ShardWorker, hello: WorkerHello) -> None:
-        self._worker = worker
-        self._events: deque[WorkerReady] = deque([WorkerReady(0, hello)])
-        self._orders: deque[tuple[Order, Published]] = deque()
+    Of several workers the one of the highest slot is asked first: replies do not come in the order of shards.
+
+    Args:
+        workers: by slot, each with what it says when it is ready.
+    """
+
+    def __init__(self, *workers: tuple[ShardWorker, WorkerHello]) -> None:
+        self._workers = [worker for worker, _ in workers]
+        self._events = deque(WorkerReady(slot, hello) for slot, (_, hello) in enumerate(workers))
+        self._orders: list[deque[tuple[Order, Published]]] = [deque() for _ in workers]
 
     @property
     def size(self) -> int:
-        """One."""
-        return 1
+        """The workers."""
+        return len(self._workers)
 
     @property
     def transfer_seconds(self) -> float:
@@ -159,17 +165,18 @@ class InProcessPool:
 
     def submit(self, slot: int, order: Order, handle: Handle) -> None:
         """Queue it."""
-        self._orders.append((order, handle))
+        self._orders[slot].append((order, handle))
 
     def wait(self, timeout: float) -> Event | None:
         """Compute the next order."""
         if self._events:
             return self._events.popleft()
-        if not self._orders:
+        slot = max((slot for slot, orders in enumerate(self._orders) if orders), default=None)
+        if slot is None:
             return None
-        order, published = self._orders.popleft()
-        result = self._worker.answer(published, order)
-        return Reply(0, order, result, payload_bytes(result))
+        order, published = self._orders[slot].popleft()
+        result = self._workers[slot].answer(published, order)
+        return Reply(slot, order, result, payload_bytes(result))
 
     def recall(self, slot: int, order: Order) -> None:
         """Nothing is computed before it is waited for: whatever is recalled is computed all the same."""

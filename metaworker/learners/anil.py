@@ -2,10 +2,10 @@
 
     θ = (encoder, head w₀),   wₜ₊₁ = wₜ − α ∇_w L(head_wₜ(f_θ(support))),   meta-gradient = ∇_θ Σ_episodes L_query(w_T)
 
-MAML whose inner loop changes the last layer alone, so an episode's samples pass the encoder f once, ``[sample,
-feature]``. Second order is ``exact``: it includes how the features of the support set change the head's steps. First
-order, which takes those steps for constants, is a ``surrogate``. Departs from the paper as MAML does: convolutions
-without bias.
+MAML whose inner loop changes the last layer alone, a weight ``[way, feature]`` and a bias ``[way]``, so an episode's
+samples pass the encoder f once, ``[sample, feature]``. Second order is ``exact``: it includes how the features of the
+support set change the head's steps. First order, which takes those steps for constants, is a ``surrogate``. Departs
+from the paper as MAML does: convolutions without bias.
 """
 
 from __future__ import annotations

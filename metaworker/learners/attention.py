@@ -9,6 +9,10 @@
     c_k = Σ of w x over them, mean over heads    what was read of class k
     logit_k = s · mean e_k + uᵀ relu(A x + B r + C c_k + D e_k + b)
 
+With ``size`` the width of an embedding, or the channels of its map, and a key for each position of each support sample,
+x is ``[key, size]`` and ``[query, size]``, m ``[features]``, t ``[units]``, γ and β ``[size]``, r ``[query, units]``, w
+``[head, query, key]``, e ``[query, way, head]``, c ``[query, way, size]``, logits ``[query, way]``.
+
 Scores of the classes share all weights, so there may be any number of classes, named in any way. Where the encoder
 leaves maps and ``spatial`` is set, keys are all positions of all support samples, and a query is the attention pooling
 of its own positions by a learned vector. `attention_weights` shows where an adapted model looks.

@@ -4,6 +4,9 @@
     read     a = softmax over entries of ⟨W k_now, W k⟩ / √d,   r = Σ a v,   z = tanh(M r)
     fused    e' = e ⊙ (1 + G z) + B z for every embedding e of the new task, then distances to its prototypes
 
+k is ``[features]``, v and r ``[3 · embedding]``, a ``[capacity]``, z ``[mix]``, e ``[sample, embedding]``; W is
+``[d, features]``, M ``[mix, 3 · embedding]``, G and B ``[embedding, mix]``; logits are ``[query, way]``.
+
 The bank is learner state: each episode proposes its entry, the coordinator writes them in the order of episode ids over
 the oldest, and workers read the bank of their version of θ. Entries come without gradients (the tasks are past), so
 that the meta-gradient with respect to encoder, W, M, G and B is ``exact`` for the bank as it is. G and B start at zero:

@@ -2,6 +2,9 @@
 
     φ* = argmin_φ L_support(φ) + λ/2 ‖φ − θ‖²,   dL_query(φ*)/dθ = (I + H/λ)⁻¹ ∇L_query(φ*),   H = ∇²L_support(φ*)
 
+φ*, ∇L_query(φ*) and each product with H have θ's names and shapes, ``[task, …]`` for a chunk of tasks; samples are
+``[task, support, *sample]`` and ``[task, query, *sample]``, the network's outputs ``[task, sample, way]``.
+
 φ* is approached by a fixed number of gradient steps from θ, the inverse by a fixed number of conjugate-gradient
 iterations, each one product of H with a vector. Nothing is differentiated through the inner steps: memory does not
 depend on their number. The gradient is a ``surrogate``: it is that of the query loss where the inner problem and the
@@ -14,7 +17,7 @@ few steps fit the support set and the penalty has not pulled φ back yet: H is n
 
 The authors' code is not the paper's method to the letter: its inner steps (16 of 0.1) are without the penalty, one step
 of the penalty alone follows, its system is 2 I + H/(λ + 10), and it evaluates with λ = 0, after 20,000 meta-steps or
-more.
+more. Its convolutions have a bias, which those here have not (batch-norm's shift does its work).
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
     φ₀ = θ,   φₜ₊₁ = φₜ − α ∇L_support(φₜ),   meta-gradient = ∇_θ Σ_episodes L_query(φ_T)
 
+φₜ has θ's names and shapes, ``[episode, …]`` for a chunk of episodes; L_support takes the way · shot samples
+``[support, *sample]``, L_query ``[query, *sample]``, and the network's outputs are ``[sample, way]``.
+
 First order drops the derivatives of the inner gradients: ∇_φ L_query(φ_T). Second order is ``exact``, first order a
 ``surrogate``. Depart from the paper: convolutions without bias (batch-norm's shift does its work).
 """

@@ -15,8 +15,9 @@ Departures. The paper presents one sequence and scores every sample of it, label
 samples come with their labels, in training in an order drawn by key, and then each query on its own, with zeros for
 its label: it sees the state after the support set, never another query, and writes nothing, as nobody would read it.
 Samples pass an encoder. Each head has a least used slot of its own, as in published code; in the paper the heads share
-them. Keys see the sample beside the controller's output, the label's part of them is where the output layer starts
-from, and cosines are sharpened by ``strength`` (the paper: 1): training then leaves chance at once.
+them. α is computed from the controller's output, one for each head, where the paper has one learned scalar. Keys see
+the sample beside the controller's output, the label's part of them is where the output layer starts from, and cosines
+are sharpened by ``strength`` (the paper: 1): training then leaves chance at once.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ embedding e as input, with a bidirectional LSTM for g and an LSTM that attends o
     ĥ_k, c_k = LSTM(e(q), [h_{k−1}, r_{k−1}], c_{k−1}),   h_k = ĥ_k + e(q),   f(q) = h_K
     r_k = Σ_i softmax_i(h_kᵀ g(x_i)) g(x_i)
 
+f, h, c and r are ``[query, embedding]``, g and the support set's →h, ←h ``[support, embedding]``, a
+``[query, support]``, and log p, the logits, ``[query, way]``.
+
 ĥ_0 = c_0 = 0, which the paper leaves open, so that h_0 = e(q) and the first read-out is one of the query. The
 meta-gradient is ``exact``: that of the queries' −log p.
 

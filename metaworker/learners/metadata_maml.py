@@ -2,10 +2,11 @@
 
     z = tanh(D tanh(M m)),   weights  φ₀ = θ ⊙ (1 + S z),   biases, scales and shifts  φ₀ = θ + B z,   then MAML from φ₀
 
-m are the features of the task's metadata (`metaworker.metadata`), S and B have a row for each output unit of each
-layer. There are no biases on the way from m to the modulation, and S and B start at zero: without metadata, and
-untrained, this is MAML (arXiv 1703.03400). Columns that a task lacks are zeros in m. θ, M, D, S and B are meta-learned
-together; the gradient is ``exact``, second derivatives included.
+m ``[features]`` are the features of the task's metadata (`metaworker.metadata`), M is ``[width, features]``, D
+``[width, width]``, z ``[width]``; S and B have a row for each output unit of each layer, ``[unit, width]``, and φ₀ has
+θ's names and shapes. There are no biases on the way from m to the modulation, and S and B start at zero: without
+metadata, and untrained, this is MAML (arXiv 1703.03400). Columns that a task lacks are zeros in m. θ, M, D, S and B are
+meta-learned together; the gradient is ``exact``, second derivatives included.
 """
 
 from __future__ import annotations

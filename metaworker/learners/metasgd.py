@@ -3,8 +3,11 @@
     φₜ₊₁ = φₜ − α ∘ ∇L_support(φₜ),   φ₀ and α both meta-learned,   meta-gradient = ∇_(φ₀, α) Σ_episodes L_query(φ_T)
 
 α has a step size for each element of each parameter (``rate/<name>``, shaped as it), which decides the direction of
-a step too: it may become negative. The gradient is ``exact``. Depart from the paper: α starts at one value instead of
-random ones; more steps than one are allowed, all with the same α.
+a step too: it may become negative. φₜ has the names and shapes of the network's parameters φ₀; samples are
+``[support, *sample]`` and ``[query, *sample]``, the network's outputs ``[sample, way]``.
+
+The gradient is ``exact``. Depart from the paper: α starts at one value instead of random ones; more steps than one are
+allowed, all with the same α.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
     c_k = mean of f_θ(x) over the support samples of class k,   p(y = k | x) = softmax_k(−‖f_θ(x) − c_k‖²)
 
+f_θ(x) is ``[support, embedding]`` of the way · shot support samples and ``[query, embedding]`` of the queries, c
+``[way, embedding]``, logits ``[query, way]``.
+
 The meta-gradient is ``exact``: the query cross-entropy's gradient with respect to θ. Computing the prototypes is all
 the adaptation there is.
 """

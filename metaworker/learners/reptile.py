@@ -2,6 +2,9 @@
 
     φ = θ after k inner steps of Adam (β₁ = 0) or SGD on minibatches of the task,   meta-gradient = Σ_episodes (θ − φ)
 
+φ has θ's names and shapes, ``[episode, …]`` for a chunk of episodes; its minibatches are
+``[episode, step, batch, *sample]``, the network's outputs on one ``[episode, batch, way]``.
+
 Support and query samples together are the task's training data. Minibatches pass over them without replacement, in
 an order drawn by (seed, episode id). The last of them stands for queries in what is reported: it is scored before the
 step on it, so in the first pass on samples that the task has not trained on. The meta-gradient is a ``surrogate``: an

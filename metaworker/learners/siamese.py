@@ -2,6 +2,9 @@
 
     h(x) = σ(W e_θ(x) + b),   p(x and x' are of one class) = σ(Σ_j α_j |h_j(x) − h_j(x')| + β)
 
+e_θ is ``[sample, embedding]``, W ``[units, embedding]``, h ``[sample, units]``, b and α ``[units]``, β ``[1]``; the
+log odds of pairs are ``[query, support]``, logits ``[query, way]``.
+
 An episode's pairs are each query with each support sample. The loss is the binary cross-entropy of the pairs, of the
 pairs of one class on average and of those of two on average, half each: as many of both, as in the paper. A query's
 prediction is the class of the support sample that it most likely pairs with, and a class's logit its best pair's. The

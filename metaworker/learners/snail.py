@@ -14,7 +14,8 @@ support rows ``[support, channel]`` and last steps ``[query, channel]``.
 
 The meta-gradient is ``exact``. In training the order of the support samples is drawn by key. Departures: embeddings
 are layer-normalised; dilations start at 1 (in the paper's listing at 2), so that no step is skipped; the first
-attention block starts as one from a query to similar samples that reads their labels, the output as reading that.
+attention block's values are max(D/4, way) wide (the paper: D/4), to have room for the labels, and it starts as one from
+a query to similar samples that reads their labels, the output as reading that.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
     d(q, x) = ‖f_θ(q) − f_θ(x)‖²,   L = mean over queries q of max(0, d(q, x⁺) − d(q, x⁻) + margin)
 
+f_θ is ``[query, embedding]`` of queries and ``[support, embedding]`` of support samples, d ``[query, support]``, logits
+``[query, way]``; with ``all`` the hinges are ``[query, support, support]``.
+
 Queries are the anchors; x⁺ and x⁻ come from the support set. ``hard`` mining takes for each query the farthest sample
 of its own class and the nearest one of any other; ``all`` takes the mean over all triplets of an episode that violate
 the margin. A query's prediction is the class of its nearest support sample, and a class's logit the negative distance

@@ -378,8 +378,8 @@ class WatchedPool:
     def __init__(self, pool: InProcessPool, watch: Callable[[int], None]) -> None:
         self._pool = pool
         self._watch = watch
-        self._replies = 0
         self.submitted: list[Order] = []
+        self.replied: list[int] = []
 
     @property
     def transfer_seconds(self) -> float:
@@ -401,8 +401,8 @@ class WatchedPool:
     def wait(self, timeout: float) -> Event | None:
         event = self._pool.wait(timeout)
         if isinstance(event, Reply):
-            self._replies += 1
-            self._watch(self._replies)
+            self.replied.append(event.slot)
+            self._watch(len(self.replied))
         return event
 
     def recall(self, slot: int, order: Order) -> None:
@@ -427,6 +427,8 @@ class Driven:
     """The version it went on from."""
     view: RecordingView
     submitted: Sequence[Order]
+    replied: Sequence[int]
+    """The worker of each reply, in the order of arrival."""
     metrics: Metrics
 
     @property
@@ -442,6 +444,7 @@ def drive(
     stop_at: int | None = None,
     kill_at: int | None = None,
     hardware: str | None = None,
+    workers: int = 1,
 ) -> Driven:
     """Train a run, or go on with one, in this process.
 
@@ -451,7 +454,8 @@ def drive(
         resume: whether an earlier driver was there.
         stop_at: replies after which a stop is requested.
         kill_at: replies after which the driver dies.
-        hardware: what its worker says that it computes on, if not the truth.
+        hardware: what its first worker says that it computes on, if not the truth.
+        workers: how many, taking turns.
     """
     stop, view = StopRequest(), RecordingView()
 
@@ -464,13 +468,18 @@ def drive(
     prepare("cpu", threads=1)
     source = open_source(config)
     learner = build_learner(config, source.sample_shape)
-    worker = ShardWorker(config, source)
+    crew = [ShardWorker(config, source, slot) for slot in range(workers)]
     if hardware is not None:
-        worker.fingerprint, worker.fingerprint_detail = hardware, {"cpu": hardware}
-    first = WorkerHello(0, 0, "here", source.digest, source.split_digest, worker.fingerprint, worker.fingerprint_detail)
-    pool = WatchedPool(InProcessPool(worker, first), watch)
+        crew[0].fingerprint, crew[0].fingerprint_detail = hardware, {"cpu": hardware}
+    hellos = [
+        WorkerHello(slot, 0, "here", source.digest, source.split_digest, w.fingerprint, w.fingerprint_detail)
+        for slot, w in enumerate(crew)
+    ]
+    first = hellos[0]
+    pool = WatchedPool(InProcessPool(*zip(crew, hellos, strict=True)), watch)
     dispatcher = Dispatcher(pool, Policy.of(config.execution))
-    assert isinstance(dispatcher.next(1.0), Joined)
+    for _ in hellos:
+        assert isinstance(dispatcher.next(1.0), Joined)
     with ExitStack() as stack:
         if resume:
             found = find(config, path, source, learner, stack)
@@ -483,7 +492,7 @@ def drive(
         trainer = Trainer(resources, start)
         trainer.run()
         recorder.close()
-    return Driven(trainer, start.state.version, view, pool.submitted, metrics)
+    return Driven(trainer, start.state.version, view, pool.submitted, pool.replied, metrics)
 
 
 def new_run(path: Path) -> RunDirectory:

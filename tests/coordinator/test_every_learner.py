@@ -96,6 +96,14 @@ def test_a_killed_run_resumes_to_the_same_bits_and_replays(recipe: str, tmp_path
 
 
 @every_recipe
+def test_two_workers_come_to_the_bits_of_one(recipe: str, tmp_path: Path) -> None:
+    config = brief(recipe).model_copy(update={"aggregator": SyncAggregator(shards=3)})
+    one, two = (drive(config, tmp_path / str(workers), workers=workers) for workers in (1, 2))
+    assert two.digest == one.digest
+    assert list(two.replied[:2]) == [1, 0], "shards are to arrive in another order than theirs"
+
+
+@every_recipe
 def test_a_killed_asynchronous_run_goes_on_and_replays_to_its_own_bits(recipe: str, tmp_path: Path) -> None:
     """Whatever learner state there is, stale contributions and replay take that of the version they are based on."""
     config = brief(recipe).model_copy(update={"aggregator": AsyncAggregator(staleness_bound=2)})

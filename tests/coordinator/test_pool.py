@@ -18,7 +18,7 @@ from tests.coordinator.harness import TINY, contribution, hello
 def test_the_in_process_pool_answers_in_the_order_of_submission() -> None:
     prepare("cpu", threads=1)
     worker = ShardWorker(TINY, open_source(TINY))
-    pool = InProcessPool(worker, hello())
+    pool = InProcessPool((worker, hello()))
     assert (pool.size, pool.wait(1.0)) == (1, WorkerReady(0, hello()))
     assert pool.wait(1.0) is None
     published = MetaState.initial(TINY, worker.learner).published
