@@ -17,7 +17,7 @@ from coordinator.goodput import Goodput
 from coordinator.pool import Pool
 
 START_FAILURES = 3
-"""Failed starts in a row of one slot after which a run stops that has no worker: a node's death may take many at once."""
+"""Failed starts of one slot in a row after which a run stops that has no worker. A node's death may take many."""
 
 LONGEST_BACKOFF = 60.0
 """Seconds."""

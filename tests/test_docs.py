@@ -41,6 +41,9 @@ def test_a_learner_added_by_the_page_passes_what_every_learner_has_to(tmp_path: 
     edit(registry, after, f"\nfrom metaworker.learners.cosine import CosineMeans{after}")
     (tmp_path / "cluster/recipes/glyphs-cosine.toml").write_text(recipe, "utf-8")
 
+    lint = (sys.executable, "-m", "ruff", "check", "--no-cache", "cluster/config", "metaworker/learners")
+    assert subprocess.run(lint, cwd=tmp_path, capture_output=True, text=True).stdout == "All checks passed!\n"
+
     tests = ("tests/metaworker/test_learners.py", "tests/coordinator/test_every_learner.py")
     argv = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "cosine")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

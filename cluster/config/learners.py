@@ -193,7 +193,7 @@ class Triplet(LearnerSection):
     """By which a negative must be farther than a positive, squared distance; 0.1 to 0.5 goes with normalise."""
     normalise: bool = False
     """Whether embeddings are scaled to length 1."""
-    mining: Literal["hard", "all"] = "all"
+    mining: Literal["hard", "all"] = "hard"
     """Triplets in the loss: the hardest positive and negative of each query, or all that violate the margin."""
 
 

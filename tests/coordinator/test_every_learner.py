@@ -1,7 +1,7 @@
 """Every registered learner in whole runs on the embedded glyphs: it learns, and gives the same bits however it is run.
 
-Each runs its own recipe, ``glyphs-TYPE``, shortened: a smaller net, few versions, and scores on scripts that it has not
-trained on.
+Each runs its own recipes, ``glyphs-TYPE`` and more, shortened: a smaller net, few versions, and scores on scripts that
+it has not trained on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ MARGIN = 0.05
 FLOOR = 0.4
 """Accuracy, 5-way: twice chance."""
 
-every_learner = pytest.mark.parametrize("kind", TYPES)
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
@@ -74,9 +73,13 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-@every_learner
-def test_a_short_run_beats_chance_and_the_untrained_learner(kind: str, tmp_path: Path) -> None:
-    config = shortened(f"glyphs-{kind}")
+def test_every_learner_has_a_recipe() -> None:
+    assert {f"glyphs-{kind}" for kind in TYPES} <= set(RECIPES)
+
+
+@every_recipe
+def test_a_short_run_beats_chance_and_the_untrained_learner(recipe: str, tmp_path: Path) -> None:
+    config = shortened(recipe)
     driven = drive(config, tmp_path / "run")
     learner = ShardWorker(config, open_source(config)).learner
     before = accuracy(config, MetaState.initial(config, learner))

@@ -37,7 +37,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mann": [{"slots": 30, "reads": 2, "strength": 4.0}],
     "relational": [{"message_steps": 1}],
     "matching": [{"full_context": True}, {"full_context": True, "reads": 1}],
-    "triplet": [{"mining": "hard"}, {"margin": 0.3, "normalise": True}],
+    "triplet": [{"mining": "all"}, {"margin": 0.3, "normalise": True}],
     "maml": [{"inner_lr": 0.05, "inner_steps": 3, "eval_steps": 2}, {"inner_lr": 0.05, "first_order": True}],
     "anil": [{"inner_steps": 2, "first_order": True}],
     "metasgd": [{"inner_lr": 0.05, "inner_steps": 2, "eval_steps": 3}],
@@ -82,7 +82,7 @@ TRAINED_FIRST: dict[str, int] = {"attention": 20, "imaml": 20, "lstm": 5, "relat
 REFERENCES: dict[str, tuple[str, str]] = {
     "maml": ("test_maml", "test_meta_gradient_is_that_of_higher"),
     "anil": ("test_anil", "test_meta_gradient_is_that_of_nested_autograd"),
-    "mamlpp": ("test_mamlpp", "test_meta_gradient_is_that_of_nested_autograd"),
+    "mamlpp": ("test_mamlpp", "test_weights_and_derivatives_are_annealed"),
     "imaml": ("test_imaml", "test_solved_to_the_end_it_is_the_implicit_gradient"),
     "reptile": ("test_reptile", "test_meta_gradient_is_the_way_of_minibatch_training"),
     "lstm": ("test_lstm_optimizer", "test_meta_gradient_is_that_of_plain_autograd"),

@@ -204,3 +204,6 @@ def test_what_tasks_wrote_is_carried_on_to_later_ones(pictures: Draw, perturbed:
         learner.predict(learner.adapt(theta, later, *support)[0], episodes.query_x[0]),
         without.predict(without.adapt(moved, {}, *support)[0], episodes.query_x[0]),
     )
+    again = learner.contribute(theta, later, episodes, Context(0, 2)).proposals
+    embedded, _ = plain_net(MODEL)(theta, torch.cat([episodes.support_x[0], episodes.query_x[0]]), None)
+    close(again["head/carried"][0], plain_memory(moved, embedded[:10], episodes.support_y[0]) - moved["head/initial"])

@@ -39,13 +39,16 @@ def test_counts_are_numbers_too() -> None:
 
 
 def test_a_task_s_features_are_means_over_its_classes_and_say_what_is_known() -> None:
-    columns = {"alphabet": np.array([["Greek", "Lao"], ["", ""]]), "phase": np.array([2.0, np.nan])}
+    columns = {"alphabet": np.array([["Greek", "Lao"], ["", ""], ["Greek", ""]]), "phase": np.array([2.0, np.nan, 1.0])}
     encoded = encode(columns, LIKE)
     names = ("phase", "alphabet", "script")
-    whole, nothing = (task_features({k: v[e] for k, v in encoded.items()}, names, LIKE) for e in (0, 1))
+    whole, nothing, half = (task_features({k: v[e] for k, v in encoded.items()}, names, LIKE) for e in range(3))
     assert len(whole) == features_width(names) == 3 * (TEXT_WIDTH + 1)
     phase, alphabet, script = whole.split(TEXT_WIDTH + 1)
     assert phase[0] == 2 and phase[-1] == 1 and not phase[1:-1].any()
     assert_close(alphabet[:-1], encoded["alphabet"][0].mean(0))
     assert alphabet[-1] == 1
     assert not script.any() and not nothing.any()
+    _, alphabet, _ = half.split(TEXT_WIDTH + 1)
+    assert_close(alphabet[:-1], encoded["alphabet"][0, 0])
+    assert alphabet[-1] == 0.5
