@@ -106,8 +106,8 @@ class SinusoidData(Section):
     """Range of the phase, uniform, radians."""
     x: tuple[float, float] = (-5.0, 5.0)
     """Range of the inputs x, uniform."""
-    metadata: Literal["given", "hidden", "shuffled"] = "given"
-    """Whether episodes carry their amplitude and phase, missing ones, or another episode's (a control)."""
+    metadata: Literal["given", "hidden", "shuffled", "constant"] = "given"
+    """Whether episodes carry their amplitude and phase or missing ones; as controls, another's, or all the same."""
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> SinusoidData:

@@ -80,7 +80,7 @@ class SinusoidSource:
         """Episodes ``first_episode … first_episode + episodes − 1`` of ``split``.
 
         Inputs and targets are float32 ``[episode, shot or query, 1]``; metadata ``amplitude`` and ``phase`` (radians)
-        float64 ``[episode]``: its own, NaN or another one's, as configured.
+        float64 ``[episode]``: its own, NaN, another one's or the middle of the range, as configured.
 
         Raises:
             SplitError: as ``check``.
@@ -106,11 +106,14 @@ class SinusoidSource:
         self, split: SplitName, ids: np.ndarray, amplitude: np.ndarray, phase: np.ndarray
     ) -> dict[str, np.ndarray]:
         """What episodes say of themselves; nobody else's if shuffled, but as likely as somebody else's."""
+        ranges = self._data.amplitude, self._data.phase
         if self._data.metadata == "hidden":
             amplitude, phase = np.full(len(ids), np.nan), np.full(len(ids), np.nan)
         elif self._data.metadata == "shuffled":
             other = keys.uniforms(self._seed, "sinusoid shuffled metadata", split, ids, 2)
-            amplitude, phase = _between(self._data.amplitude, other[:, 0]), _between(self._data.phase, other[:, 1])
+            amplitude, phase = (_between(limits, column) for limits, column in zip(ranges, other.T, strict=True))
+        elif self._data.metadata == "constant":
+            amplitude, phase = (np.full(len(ids), sum(limits) / 2) for limits in ranges)
         return {"amplitude": amplitude, "phase": phase}
 
 

@@ -94,8 +94,8 @@ def test_impossible_episodes_are_refused(source: EpisodeSource, way: int, shot: 
         source.sample("train", 0, 1, way, shot, query)
 
 
-@pytest.mark.parametrize("metadata", ["hidden", "shuffled"])
-def test_metadata_can_be_hidden_or_another_episode_s_and_the_tasks_stay(metadata: str) -> None:
+@pytest.mark.parametrize("metadata", ["hidden", "shuffled", "constant"])
+def test_metadata_can_be_hidden_another_episode_s_or_all_the_same_and_the_tasks_stay(metadata: str) -> None:
     own = SinusoidSource(SinusoidData(), 0).sample("train", 5, 200, 1, 3, 2)
     other = SinusoidSource(SinusoidData.model_validate({"metadata": metadata}), 0).sample("train", 5, 200, 1, 3, 2)
     assert torch.equal(own.query_y, other.query_y) and torch.equal(own.support_x, other.support_x)
@@ -103,6 +103,8 @@ def test_metadata_can_be_hidden_or_another_episode_s_and_the_tasks_stay(metadata
         column = other.metadata[name]
         if metadata == "hidden":
             assert np.isnan(column).all()
+        elif metadata == "constant":
+            assert set(column) == {(low + high) / 2}
         else:
             assert low <= column.min() and column.max() <= high
             assert abs(np.corrcoef(column, own.metadata[name])[0, 1]) < 0.2
