@@ -40,7 +40,7 @@ soak: $(INSTALLED) ## kill workers and drivers for half an hour (METAFLEET_SOAK_
 
 wheel: $(INSTALLED) ## build a wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
-	@ls dist/*.whl
+	@ls -t dist/*.whl | head -1
 
 clean: ## remove .venv and build products
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

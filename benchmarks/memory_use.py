@@ -57,6 +57,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lstm": {"lstm, cell": {"form": "cell"}, "lstm, hidden": {"form": "hidden"}},
     "matching": {"matching": {}, "matching, full context": {"full_context": True}},
     "attention": {"attention": {}, "attention, hard": {"hard": True}, "attention, spatial": {"spatial": True}},
+    "triplet": {"triplet": {}, "triplet, all": {"mining": "all"}},
     "snail": {"snail, 128 filters": {"filters": 128}},
 }
 """Options of each row, by ``type``; a learner that is not here has one row, with its defaults."""

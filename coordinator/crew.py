@@ -54,7 +54,7 @@ def ray_crew(config: RunConfig, say: Callable[[str], None]) -> Iterator[Crew]:
         pool = RayPool(config, max(1, workers), grows=resources.grows)
         try:
             dispatcher = Dispatcher(pool, Policy.of(config.execution))
-            yield Crew(pool, dispatcher, _first_worker(config, dispatcher, say))
+            yield Crew(pool, dispatcher, first_worker(config, dispatcher, say))
         finally:
             pool.close()
 
@@ -75,13 +75,13 @@ def _free_workers(config: RunConfig, resources: ClusterResources) -> int:
     return 0 if resources.grows and room(config, free) < 1 else affordable_workers(config, free)
 
 
-def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str], None]) -> WorkerHello:
+def first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str], None]) -> WorkerHello:
     """Wait for the first worker.
 
     Raises:
         ClusterError: none started within ``execution.start_timeout``, the sending of a store apart.
     """
-    deadline = time.monotonic() + config.execution.start_timeout
+    deadline, last = time.monotonic() + config.execution.start_timeout, ""
     while time.monotonic() < deadline:
         match dispatcher.next(PATIENCE):
             case Joined(hello):
@@ -89,9 +89,12 @@ def _first_worker(config: RunConfig, dispatcher: Dispatcher, say: Callable[[str]
             case Delay(message):
                 say(message)
                 deadline = time.monotonic() + config.execution.start_timeout
-            case Failure(_, message) | Notice(message):
+            case Failure(_, message):
+                say(message)
+                last = f"; {message}"
+            case Notice(message):
                 say(message)
     raise ClusterError(
         f"no worker started within execution.start_timeout = {config.execution.start_timeout:g} s: look at "
-        "`ray status` for what is missing, or raise it"
+        f"`ray status` for what is missing, or raise it{last}"
     )

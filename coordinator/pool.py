@@ -146,7 +146,7 @@ class InProcessPool:
 
     def __init__(self, *workers: tuple[ShardWorker, WorkerHello]) -> None:
         self._workers = [worker for worker, _ in workers]
-        self._events = deque(WorkerReady(slot, hello) for slot, (_, hello) in enumerate(workers))
+        self._events: deque[Event] = deque(WorkerReady(slot, hello) for slot, (_, hello) in enumerate(workers))
         self._orders: list[deque[tuple[Order, Published]]] = [deque() for _ in workers]
 
     @property
@@ -179,7 +179,11 @@ class InProcessPool:
         return Reply(slot, order, result, payload_bytes(result))
 
     def recall(self, slot: int, order: Order) -> None:
-        """Nothing is computed before it is waited for: whatever is recalled is computed all the same."""
+        """Nothing is computed before it is waited for: no order that is recalled is."""
+        kept = deque(waiting for waiting in self._orders[slot] if waiting[0] != order)
+        if len(kept) < len(self._orders[slot]):
+            self._orders[slot] = kept
+            self._events.append(Skipped(slot, order))
 
     def end(self, slot: int) -> None:
         """This process cannot end itself."""

@@ -42,7 +42,7 @@ class _Slot:
     starts: int = 0
     """Workers that have been ready here."""
     failed_starts: int = 0
-    """In a row."""
+    """In a row, while there was no worker."""
 
 
 @dataclass
@@ -142,8 +142,8 @@ class Roster:
             ClusterError: too often, and there is no other worker.
         """
         place = self._slots[slot]
-        place.failed_starts += counts
-        if place.failed_starts >= START_FAILURES and not self._members:
+        place.failed_starts += counts and not self._members
+        if place.failed_starts >= START_FAILURES:
             raise ClusterError(f"workers fail to start: {message}")
         self._schedule(slot)
 

@@ -12,8 +12,9 @@ to its nearest sample. The meta-gradient is ``exact``: that of L, almost everywh
 triplet begins to violate the margin).
 
 Departs from the papers: anchors are queries alone, since training and prediction compare queries with support samples;
-embeddings are not of length 1 and all triplets count unless configured. On validation glyphs (400 episodes of a narrow
-net) that gave 92.7 % with margin 10, ``hard`` 91.3 %, and length 1 at best 88.1 % (``hard``, margin 0.1).
+embeddings are not of length 1 unless configured. On validation glyphs (400 episodes of a narrow net) margin 10 gave
+92.7 % with ``all``, 91.3 % with ``hard``, and length 1 at best 88.1 % (``hard``, margin 0.1); on Omniglot's validation
+split ``hard`` gave 96.7 %, ``all`` 96.1 %.
 """
 
 from __future__ import annotations

@@ -455,7 +455,7 @@ def drive(
         stop_at: replies after which a stop is requested.
         kill_at: replies after which the driver dies.
         hardware: what its first worker says that it computes on, if not the truth.
-        workers: how many, taking turns.
+        workers: how many; the one of the highest slot is asked first.
     """
     stop, view = StopRequest(), RecordingView()
 

@@ -531,6 +531,21 @@ def test_a_node_that_dies_with_all_workers_that_start_there_does_not_end_the_run
     assert kinds(drain(dispatcher, pool)) == ["Joined"]
 
 
+def test_starts_that_fail_beside_workers_do_not_count_when_those_are_gone() -> None:
+    pool = FakePool(2)
+    dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)
+    pool.ready(0)
+    drain(dispatcher, pool)
+    for _ in range(3):
+        pool.fail_start(1)
+        assert kinds(drain(dispatcher, pool)) == ["worker_lost"]
+    submit(dispatcher, shard(0))
+    pool.lose(0)
+    drain(dispatcher, pool)
+    pool.fail_start(1)
+    assert kinds(drain(dispatcher, pool)) == ["worker_lost"]
+
+
 def test_a_start_that_works_forgives_the_failed_ones_before() -> None:
     pool = FakePool(2)
     dispatcher = Dispatcher(pool, Policy(2, 3, backoff=0.0), still)

@@ -10,7 +10,7 @@ from cluster.episodes import open_source
 from cluster.errors import MetafleetError
 from cluster.messages import Contribution, EvaluationPart, EvaluationTask, ShardTask
 from coordinator.meta_state import MetaState
-from coordinator.pool import InProcessPool, Reply, WorkerReady, payload_bytes
+from coordinator.pool import InProcessPool, Reply, Skipped, WorkerReady, payload_bytes
 from metaworker.shard_worker import ShardWorker
 from tests.coordinator.harness import TINY, contribution, hello
 
@@ -37,6 +37,26 @@ def test_the_in_process_pool_answers_in_the_order_of_submission() -> None:
     with pytest.raises(MetafleetError, match="no worker to replace"):
         pool.replace(0)
     pool.close()
+
+
+def test_several_workers_in_process_answer_from_the_highest_slot_down() -> None:
+    prepare("cpu", threads=1)
+    source = open_source(TINY)
+    workers = [ShardWorker(TINY, source, slot) for slot in (0, 1)]
+    pool = InProcessPool(*((worker, hello()) for worker in workers))
+    assert pool.size == 2
+    assert [pool.wait(1.0), pool.wait(1.0)] == [WorkerReady(0, hello()), WorkerReady(1, hello())]
+    handle = pool.publish(MetaState.initial(TINY, workers[0].learner).published)
+    shards = [ShardTask(shard, 2 * shard, 2, 0) for shard in range(3)]
+    for slot, shard in zip((0, 1, 1), shards, strict=True):
+        pool.submit(slot, shard, handle)
+    pool.recall(1, shards[2])
+    assert pool.wait(1.0) == Skipped(1, shards[2])
+    answers = [event for event in (pool.wait(1.0), pool.wait(1.0)) if isinstance(event, Reply)]
+    assert [(answer.slot, answer.order) for answer in answers] == [(1, shards[1]), (0, shards[0])]
+    assert pool.wait(1.0) is None
+    pool.recall(0, shards[0])
+    assert pool.wait(1.0) is None, "what has been answered cannot be recalled"
 
 
 def test_a_result_weighs_its_arrays() -> None:
