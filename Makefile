@@ -24,7 +24,7 @@ train: $(INSTALLED) ## meta-train MAML on the embedded glyphs, on all local core
 
 test: $(INSTALLED) ## run all tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --ignore tests/system
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/system
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/system
 
 lint: $(INSTALLED) ## style, types and import layers
 	@$(BIN)/ruff check .

@@ -19,10 +19,10 @@ Phase = Literal["wait", "transfer", "reduce", "commit"]
 
 PREFIX: Final = "metafleet_"
 
-SLOTS: Final = 128
-"""Worker slots that have a label of their own; all higher ones share ``128+``, so that the label stays bounded."""
+SLOTS: Final = 96
+"""Worker slots that have a label of their own; all higher ones share ``96+``, so that a scrape stays short."""
 
-NODES: Final = 128
+NODES: Final = 96
 """Nodes that have a label of their own."""
 
 STALENESS_BUCKETS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128)
